@@ -1,0 +1,1 @@
+"""Shared leaf: errors, command lines, files, images, devices, the training loop. Knows neither model."""

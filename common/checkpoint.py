@@ -1,0 +1,212 @@
+"""The one place that reads and writes weights, and that makes files appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.errors import InputError
+
+WEIGHTS_FILE = "model.safetensors"
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, it takes the name `path`.
+
+    The file is flushed to disk before it is renamed. When the block raises, nothing is left behind
+    and what was at `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(path: str | Path) -> Iterator[Path]:
+    """As `written_whole` for a new folder: all of its files are there, or none. `path` must not exist."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        temporary.chmod(0o755)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small text file whole."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or damaged file is an `InputError` that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is missing; the folder is not what was expected, or not complete")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON ({error}); restore it or make it anew") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object; restore it or make it anew")
+    return value
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, whole or not at all."""
+    with written_whole(path) as temporary:
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU; a missing or damaged one is an `InputError`."""
+    _check_safetensors(Path(path))
+    return load_file(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; give a folder or file that holds weights")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file ({error}); copy or train it again") from error
+
+
+def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
+    """Read somebody else's weights: .safetensors, or .ckpt/.pt/.pth of which only tensors are unpickled.
+
+    Raises:
+        InputError: no such file, another ending, a damaged file, one that holds more than plain
+            tensors (it is refused, never run), or no entry `state_key`.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    if path.suffix not in (".ckpt", ".pt", ".pth"):
+        raise InputError(f"{path} ends in {path.suffix!r}; allowed are .safetensors, .ckpt, .pt and .pth")
+    if not path.is_file():
+        raise InputError(f"{path} is missing; give the checkpoint's path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - the one allowed place
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is damaged or holds more than tensors and was not opened ({reason})") from error
+    state = content if state_key is None else content.get(state_key) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        entries = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise InputError(
+            f"{path}: state_key {state_key!r} holds no dictionary of weights; the file holds {entries}"[:300]
+        )
+    return state
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that stand for a model's weights: names, shapes, types and every byte."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def resolve_folder(name_or_path: str | Path) -> Path:
+    """A local folder as it is; otherwise a model of that name is fetched from the Hugging Face hub."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if name.count("/") != 1 or name.startswith(("/", ".")):
+        raise InputError(f"{name} is no folder; give a model folder, or a hub name like owner/model")
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name} is no folder here and the hub did not give it ({reason})") from error
+
+
+def from_pretrained_strictly(load: Callable[..., Any], cls: type[M], name_or_path: str | Path, **kwargs: Any) -> M:
+    """Call transformers' `from_pretrained` and refuse what it would only warn of.
+
+    Args:
+        load: the `from_pretrained` to call.
+        cls: the model class; its `config_class.model_type` must be that of the folder.
+        name_or_path: a folder, or the name of a model on the Hugging Face hub.
+        kwargs: passed on, for example `dtype`.
+
+    Raises:
+        InputError: a missing or damaged file, another architecture, or weights that are missing,
+            unknown or of another shape.
+    """
+    folder = resolve_folder(name_or_path)
+    if cls.config_class is None:
+        raise TypeError(f"{cls.__name__} names no config_class")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != cls.config_class.model_type:
+        raise InputError(f"{folder} holds a model of type {model_type!r}; needed is {cls.config_class.model_type!r}")
+    if not (folder / f"{WEIGHTS_FILE}.index.json").is_file():
+        _check_safetensors(folder / WEIGHTS_FILE)
+    try:
+        model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{folder}/config.json does not describe a {cls.__name__} ({error})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            first = sorted(map(str, report[problem]))[0]
+            raise InputError(
+                f"{folder}: weights do not fit config.json, {len(report[problem])} {problem.replace('_', ' ')}, "
+                f"first {first}; the folder mixes two models"
+            )
+    ready: M = model.eval()
+    return ready
+
+
+def save_pretrained_whole(model: PreTrainedModel, folder: str | Path) -> None:
+    """`model.save_pretrained`, each file appearing whole; the weights come last, over any older ones."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
+        model.save_pretrained(temporary)
+        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == WEIGHTS_FILE)
+        for file in files:
+            _sync(file)
+            file.replace(folder / file.name)
+    _sync(folder)

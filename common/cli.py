@@ -1,0 +1,122 @@
+"""Command lines: flags are dataclass fields, a YAML file gives defaults, a mistake is one line and exit 2."""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedConfig
+
+from common.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
+    """The allowed names most like `name`, as the end of an error message."""
+    close = difflib.get_close_matches(name.lower(), list(allowed), n=count, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else "see --help for those allowed"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _flag_fields(kind: type) -> type:
+    """The dataclass whose fields become flags; of a transformers configuration only its own fields."""
+    if not issubclass(kind, PreTrainedConfig):
+        return kind
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = [field for field in dataclasses.fields(kind) if field.name not in inherited]
+    fresh: list[Any] = []
+    for field in own:
+        new = dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
+        if field.default is not dataclasses.MISSING:
+            new = dataclasses.field(default=field.default, metadata=field.metadata)
+        fresh.append((field.name, field.type, new))
+    return dataclasses.make_dataclass(kind.__name__, fresh, kw_only=True)
+
+
+def _yaml_as_flags(path: Path, allowed: Sequence[str]) -> list[str]:
+    """The keys of a YAML file as command-line words, so that both are checked by the same parser."""
+    if not path.is_file():
+        raise InputError(f"config {path} is missing; the ones that come with the project are in configs/")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} is not readable YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config {path} must be a list of `key: value` lines")
+    words: list[str] = []
+    for key, value in content.items():
+        if key not in allowed:
+            raise InputError(f"config {path}: unknown key {key!r}; {nearest(str(key), allowed)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{key}", *(str(entry) for entry in values)]
+    return words
+
+
+def parse(*kinds: type, argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
+    """Parse the command line into one instance of each class.
+
+    Args:
+        kinds: dataclasses or transformers configuration classes; every field is a flag. Names differ.
+        argv: the words after the program's name; None reads the process's own.
+        description: shown by --help.
+
+    Raises:
+        InputError: an unknown or repeated name, a value of the wrong type, or what the classes refuse.
+    """
+    flag_kinds: list[Any] = [_flag_fields(kind) for kind in kinds]
+    parser = _Parser(flag_kinds, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="YAML file of defaults for any of these flags")
+    fields = [field.name for kind in flag_kinds for field in dataclasses.fields(kind)]
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path)
+    try:
+        config = first.parse_known_args(words)[0].config
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+    defaults = _yaml_as_flags(config, fields) if config else []
+
+    known, rest = parser.parse_known_args(defaults + words)
+    if rest:
+        flags = [f"--{name.replace('_', '-')}" for name in [*fields, "config"]]
+        raise InputError(f"unknown argument {rest[0]!r}; {nearest(rest[0].split('=')[0], flags)}")
+    values = vars(known)
+    return tuple(
+        kind(**{field.name: values[field.name] for field in dataclasses.fields(flag_kind)})
+        for kind, flag_kind in zip(kinds, flag_kinds, strict=True)
+    )
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main function; a user's mistake or a full disk ends in one line and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sys.exit(_complain(f"{error.strerror}{where}; free some space or choose another folder"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}\n")
+    return 2

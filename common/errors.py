@@ -1,0 +1,9 @@
+"""The one error that stands for a user's mistake."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one line that says what was given, what is allowed and what to do. Scripts print it
+    and exit with code 2; any other exception is a bug and keeps its traceback.
+    """

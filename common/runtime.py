@@ -1,0 +1,92 @@
+"""Devices, number formats, logging and Ctrl-C."""
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self, TypeVar
+
+import torch
+import transformers
+from torch import nn
+
+from common.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+LOGGERS = ("common", "tokenizer", "generator")  # one a package
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else Apple MPS, else the CPU; any other name is taken as it is.
+
+    Raises:
+        InputError: a name that torch does not know, or a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(device.type, False):
+        raise InputError(f"device {name!r} is not available here; use auto or cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is not available here; there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """`float32` or `bfloat16` as a torch type."""
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def move(model: M, device: torch.device | None = None, dtype: torch.dtype | None = None) -> M:
+    """`model.to(...)`, in place; transformers' own hides its types from a type checker."""
+    return nn.Module.to(model, device=device, dtype=dtype)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+    return False
+
+
+def set_up_logging(is_main_process: bool = True) -> None:
+    """Messages of this project to stderr, one line each; libraries speak from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    level = logging.INFO if is_main_process else logging.ERROR
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(level)
+    transformers.logging.disable_progress_bar()
+
+
+class StopOnInterrupt:
+    """Context in which the first Ctrl-C only sets `.requested`; the second one interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: signal.Handlers | None = None
+
+    def __enter__(self) -> Self:
+        # signal handlers can be set in the main thread only; elsewhere nobody presses Ctrl-C
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
