@@ -1,0 +1,95 @@
+"""The tokenizer's configuration: what is built, checked before anything is built."""
+
+from dataclasses import field, fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from common.errors import InputError
+
+GROUPS = 32  # of every GroupNorm, so every width is a multiple of it
+
+
+@strict
+class TokenizerConfig(PreTrainedConfig):
+    """Architecture of a `ChannelTokenizer`; the defaults are the tokenizer that the paper's generator uses.
+
+    Encoder: space-to-depth by `patch_size`, then len(encoder_widths) - 1 stages with a halving between
+    neighbours, then halvings at latent width down to `latent_size`. Decoder: doublings at the last
+    width up to 16, then len(decoder_widths) stages with a doubling between neighbours, then
+    depth-to-space by `patch_size`. `patch_size` 1 is the published network; 2 or 4 makes a small one
+    that trains on a CPU. (Paul, Bansal, Goldstein, 2026, arXiv 2606.04461, section 3 and appendix.)
+
+    Raises:
+        InputError: sizes that do not fit one another; the line says which and what is allowed.
+    """
+
+    model_type = "channeltok"
+
+    image_size: int = field(default=256, metadata={"help": "height and width of an image, in pixels"})
+    num_channels: int = field(default=256, metadata={"help": "C: channels of the latent, and tokens of an image"})
+    latent_size: int = field(default=4, metadata={"help": "height and width of the latent"})
+    num_bits: int = field(default=14, metadata={"help": "bits of a token; latent_size**2 means no projections"})
+    patch_size: int = field(default=1, metadata={"help": "space-to-depth factor around the network; 1 = none"})
+    encoder_widths: list[int] = field(default_factory=lambda: [128, 128, 128, 256, 256, 512])
+    decoder_widths: list[int] = field(default_factory=lambda: [128, 128, 256, 256, 512])
+    encoder_attention_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "map sizes at which encoder blocks are followed by attention"}
+    )
+    decoder_attention_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "map sizes at which decoder blocks are followed by attention"}
+    )
+    middle_attention: bool = field(default=True, metadata={"help": "attention between the two middle blocks"})
+    num_heads: int = field(default=8, metadata={"help": "attention heads"})
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("image_size", "num_channels", "latent_size", "num_bits", "patch_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_bits > 16:
+            raise InputError(f"num_bits is {self.num_bits}; at most 16 are allowed (tokens are stored as uint16)")
+        if len(self.encoder_widths) < 2 or not self.decoder_widths:
+            raise InputError("encoder_widths needs at least two entries and decoder_widths at least one")
+        for name in ("encoder_widths", "decoder_widths"):
+            for width in getattr(self, name):
+                if width < 1 or width % GROUPS or width % self.num_heads:
+                    raise InputError(
+                        f"{name} holds {width}; each width must be a multiple of {GROUPS} (GroupNorm) "
+                        f"and of num_heads = {self.num_heads}"
+                    )
+        smallest = self.latent_size * 2 ** (len(self.encoder_widths) - 2) * self.patch_size
+        ratio, rest = divmod(self.image_size, smallest)
+        if rest or ratio < 1 or ratio & (ratio - 1):
+            raise InputError(
+                f"image_size {self.image_size} does not fit the encoder: latent_size {self.latent_size}, "
+                f"{len(self.encoder_widths)} encoder_widths and patch_size {self.patch_size} allow {smallest} "
+                "times a power of two"
+            )
+        if self.output_size != self.image_size:
+            raise InputError(
+                f"the decoder gives {self.output_size} pixels for image_size {self.image_size}; "
+                "change the number of decoder_widths or patch_size (each further width doubles the output)"
+            )
+
+    def architecture(self) -> dict[str, Any]:
+        """This class's own fields, without what transformers adds to every configuration."""
+        inherited = {entry.name for entry in fields(PreTrainedConfig)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in inherited}
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different tokens, 2**num_bits."""
+        return 2**self.num_bits
+
+    @property
+    def latent_upsamplings(self) -> int:
+        """Doublings before the decoder's first stage: latents of 4 and 8 go to 16, others stay."""
+        return {4: 2, 8: 1}.get(self.latent_size, 0)
+
+    @property
+    def output_size(self) -> int:
+        """Height and width of a decoded image, in pixels."""
+        doublings = self.latent_upsamplings + len(self.decoder_widths) - 1
+        return self.latent_size * 2**doublings * self.patch_size

@@ -1,0 +1,160 @@
+"""`ChannelTokenizer`: images to tokens and any prefix of tokens back to whole images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.checkpoint import from_pretrained_strictly, load_foreign_state
+from common.errors import InputError
+from tokenizer.autoencoder import Decoder, Encoder
+from tokenizer.bsq import (
+    BinarySphericalQuantizer,
+    QuantizationLosses,
+    pack_bits,
+    quantization_losses,
+    signs_to_codes,
+    straight_through,
+    unpack_bits,
+)
+from tokenizer.config import TokenizerConfig
+from tokenizer.published import rename_published_keys
+from tokenizer.tail_drop import drop_tail, prefix_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOutput:
+    """What a training step sees: images (b 3 H W) in [-1, 1] and the quantizer's terms (scalars)."""
+
+    images: Tensor
+    quantization: QuantizationLosses
+
+
+class ChannelTokenizer(PreTrainedModel):
+    """Autoencoder whose latent channels are binary tokens, ordered coarse to fine.
+
+    Example: `tokens = tokenizer.tokenize(images)`, then `tokenizer.detokenize(tokens[:, :32])` is the
+    whole picture in 32 tokens. (ChannelTok, arXiv 2606.04461, sections 3.1 to 3.3.)
+    """
+
+    config_class = TokenizerConfig
+    base_model_prefix = "channeltok"
+    main_input_name = "images"
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.quantizer = BinarySphericalQuantizer(config.latent_size, config.num_bits)
+        self.decoder = Decoder(config)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Keep PyTorch's own initialisation of each layer (transformers would draw normals of 0.02)."""
+
+    def forward(
+        self, images: Tensor, keep: Tensor, inverse_temperature: float = 100.0, group_bits: int = 8
+    ) -> TrainingOutput:
+        """Reconstruct through the quantizer with gradients, channels outside `keep` dropped.
+
+        Args:
+            images: (b 3 H W) in [-1, 1].
+            keep: (b c) bool, from `tail_drop.prefix_mask`.
+            inverse_temperature: see `bsq.quantization_losses`.
+            group_bits: see `bsq.quantization_losses`.
+        """
+        latents = self.encode(images)
+        vectors = self.quantizer.to_sphere(latents)
+        quantized = self.quantizer.to_latents(straight_through(vectors))
+        losses = quantization_losses(vectors, keep, inverse_temperature, group_bits)
+        return TrainingOutput(images=self.decode(drop_tail(quantized, keep)), quantization=losses)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b 3 H W) in [-1, 1] -> latents (b c h w), before quantization."""
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images are {tuple(images.shape)}; this tokenizer takes (b, 3, {size}, {size})")
+        return self.encoder(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Quantized latents (b c h w), dropped channels exactly 0 -> images (b 3 H W) in [-1, 1]."""
+        return self.decoder(latents.to(self.dtype))
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Latents (b c h w) -> codes (b c n), entries +-1/sqrt(n), float32."""
+        return signs_to_codes(self.quantizer.to_sphere(latents))
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Images (b 3 H W) in [-1, 1] -> tokens (b c), int64 in [0, codebook_size)."""
+        return pack_bits(self.quantize(self.encode(images)))
+
+    def lookup(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """Tokens (b k) -> the latents (b c h w) that the decoder receives, missing channels exactly 0.
+
+        Args:
+            tokens: (b k) integers in [0, codebook_size), 1 <= k <= C; entries at and beyond a row's
+                own length are ignored.
+            num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
+
+        Raises:
+            InputError: a shape or a length outside these ranges.
+        """
+        channels = self.config.num_channels
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= channels:
+            raise InputError(f"tokens are {tuple(tokens.shape)}; this tokenizer takes (b, k) with k in 1..{channels}")
+        latents = self.quantizer.to_latents(unpack_bits(tokens, self.config.num_bits))
+        latents = F.pad(latents, (0, 0, 0, 0, 0, channels - tokens.shape[1]))
+        if num_tokens is None:
+            return latents
+        if num_tokens.shape != tokens.shape[:1] or not ((num_tokens >= 1) & (num_tokens <= tokens.shape[1])).all():
+            raise InputError(
+                f"num_tokens is {num_tokens.tolist()}; give one length in 1..{tokens.shape[1]} for each row"
+            )
+        return drop_tail(latents, prefix_mask(num_tokens.to(tokens.device), channels))
+
+    @torch.no_grad()
+    def detokenize(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """Tokens (b k) of any 1 <= k <= C -> whole images (b 3 H W) in [-1, 1].
+
+        `num_tokens` (b,) gives every row its own length; see `lookup` for ranges and errors.
+        """
+        return self.decode(self.lookup(tokens, num_tokens))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
+        """As transformers' own, but strict: a missing, unknown or misshapen weight is an `InputError`."""
+        return from_pretrained_strictly(super().from_pretrained, cls, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_published(
+        cls, path: str | Path, config: TokenizerConfig, *, prefix: str = "", state_key: str | None = None
+    ) -> Self:
+        """Read a checkpoint with the key names of the paper's public implementation.
+
+        Args:
+            path: a .safetensors, .ckpt or .pt file; the last two are read without running any code in them.
+            config: the architecture; nothing is guessed from the file.
+            prefix: what stands before every key, for example "module." or "model._orig_mod.".
+            state_key: the entry of a .ckpt or .pt file that holds the weights, for example "state_dict".
+
+        Raises:
+            InputError: an unreadable file, or a key or shape that is missing, unknown or different.
+        """
+        model = cls(config)
+        state = rename_published_keys(load_foreign_state(path, state_key), prefix, path)
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            name = wrong[0]
+            raise InputError(
+                f"{path} does not fit the configuration: {len(wrong)} weights differ, first {name} "
+                f"(file: {found.get(name, 'absent')}, model: {expected.get(name, 'absent')}); "
+                "give the configuration that it was trained with"
+            )
+        model.load_state_dict(state)
+        return model.eval()
