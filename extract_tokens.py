@@ -1,0 +1,87 @@
+"""Turn a folder of images into a token store with a trained tokenizer: see `--help` and docs/training.md."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from common import cli, runtime
+from common.checkpoint import fingerprint, folder_written_whole, read_json, save_pretrained_whole
+from common.errors import InputError
+from generator.tokens import SPLITS, StoreHeader, TokenStore
+from tokenizer import ChannelTokenizer
+from tokenizer.data import UnreadableFiles, listing_fingerprint, open_split
+from tokenizer.extraction import tokenize_files
+
+logger = logging.getLogger("tokenizer.extract_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """Flags of extract_tokens.py."""
+
+    tokenizer: str = field(metadata={"help": "tokenizer folder, or its name on the Hugging Face hub"})
+    data_dir: str = field(metadata={"help": "folder with train/<class>/* and val/<class>/*"})
+    output_dir: str = field(metadata={"help": "folder of the token store; one that was begun is continued"})
+    class_names: str | None = field(
+        default=None, metadata={"help": "JSON file that gives class folders a readable name; default: folder names"}
+    )
+    views: Literal["none", "flip"] = field(default="none", metadata={"help": "flip: store the mirror image as well"})
+    shard_size: int = field(default=10_000, metadata={"help": "images a shard"})
+    batch_size: int = field(default=64, metadata={"help": "images a pass"})
+    num_workers: int = field(default=1, metadata={"help": "processes that read images"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
+    strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of leaving it out"})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shard_size < 1 or self.num_workers < 0:
+            raise InputError("batch_size and shard_size must be at least 1, num_workers at least 0")
+
+
+def main() -> None:
+    """Parse, then write each shard that is missing."""
+    runtime.set_up_logging()
+    (config,) = cli.parse(ExtractionConfig, description=__doc__)
+    device = runtime.pick_device(config.device)
+    folders = {split: open_split(config.data_dir, split) for split in SPLITS}
+    if folders["train"].classes != folders["val"].classes:
+        raise InputError(f"{config.data_dir}: train/ and val/ hold different class folders; they must be the same")
+    names = read_json(config.class_names) if config.class_names else {}
+    tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
+    header = StoreHeader(
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        num_channels=tokenizer.config.num_channels,
+        num_bits=tokenizer.config.num_bits,
+        class_names=[str(names.get(name, name)) for name in folders["train"].classes],
+        views=config.views,
+        shard_size=config.shard_size,
+        split_files={split: len(folder.samples) for split, folder in folders.items()},
+        listings={split: listing_fingerprint(folder) for split, folder in folders.items()},
+    )
+    store = TokenStore.create(config.output_dir, header)
+    if not store.tokenizer_folder.exists():
+        with folder_written_whole(store.tokenizer_folder) as temporary:
+            save_pretrained_whole(tokenizer, temporary)
+    runtime.move(tokenizer, device)
+    unreadable = UnreadableFiles(config.strict)
+    missing = [(s, i) for s in SPLITS for i in range(header.num_shards(s)) if not store.has_shard(s, i)]
+    for split, shard in tqdm(missing, unit="shard"):
+        start = shard * config.shard_size
+        files = range(start, min(start + config.shard_size, header.split_files[split]))
+        tokens, labels, left_out = tokenize_files(
+            tokenizer,
+            folders[split],
+            files,
+            flip=config.views == "flip",
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            unreadable=unreadable,
+        )
+        store.write_shard(split, shard, tokens, labels, left_out)
+    logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(unreadable.lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)
