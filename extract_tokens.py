@@ -80,7 +80,7 @@ def main() -> None:
             unreadable=unreadable,
         )
         store.write_shard(split, shard, tokens, labels, left_out)
-    logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(unreadable.lines))
+    logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(store.left_out()))
 
 
 if __name__ == "__main__":

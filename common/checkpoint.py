@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,6 +70,17 @@ def folder_written_whole(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Give safetensors' failure to write the type and number that every other full disk has."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small text file whole."""
     with written_whole(path) as temporary:
@@ -90,7 +103,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as one safetensors file, whole or not at all."""
-    with written_whole(path) as temporary:
+    with written_whole(path) as temporary, _disk_errors():
         save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary)
 
 
@@ -127,7 +140,7 @@ def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[s
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - the one allowed place
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or holds more than tensors and was not opened ({reason})") from error
     state = content if state_key is None else content.get(state_key) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -148,8 +161,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def resolve_folder(name_or_path: str | Path) -> Path:
-    """A local folder as it is; otherwise a model of that name is fetched from the Hugging Face hub."""
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def resolve_folder(name_or_path: str | Path, **hub_options: Any) -> Path:
+    """A local folder as it is; otherwise a model of that name is fetched from the Hugging Face hub.
+
+    Args:
+        name_or_path: the folder, or owner/model.
+        hub_options: any of `HUB_OPTIONS`, as `huggingface_hub.snapshot_download` takes them.
+
+    Raises:
+        InputError: neither a folder, nor a model that the hub gives.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         return path
@@ -157,9 +181,9 @@ def resolve_folder(name_or_path: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith(("/", ".")):
         raise InputError(f"{name} is no folder; give a model folder, or a hub name like owner/model")
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} is no folder here and the hub did not give it ({reason})") from error
 
 
@@ -176,21 +200,28 @@ def from_pretrained_strictly(load: Callable[..., Any], cls: type[M], name_or_pat
         InputError: a missing or damaged file, another architecture, or weights that are missing,
             unknown or of another shape.
     """
-    folder = resolve_folder(name_or_path)
+    folder = resolve_folder(name_or_path, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
     if cls.config_class is None:
         raise TypeError(f"{cls.__name__} names no config_class")
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type != cls.config_class.model_type:
         raise InputError(f"{folder} holds a model of type {model_type!r}; needed is {cls.config_class.model_type!r}")
-    if not (folder / f"{WEIGHTS_FILE}.index.json").is_file():
-        _check_safetensors(folder / WEIGHTS_FILE)
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {WEIGHTS_FILE}
+    for name in sorted(names):
+        _check_safetensors(folder / name)
+    verbosity = transformers.logging.get_verbosity()
     try:
+        # its table of misfits goes to stderr; the one line below says the same
+        transformers.logging.set_verbosity_error()
         model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, StrictDataclassError) as error:
         raise InputError(f"{folder}/config.json does not describe a {cls.__name__} ({error})") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            first = sorted(map(str, report[problem]))[0]
+            first = sorted(key if isinstance(key, str) else key[0] for key in report[problem])[0]
             raise InputError(
                 f"{folder}: weights do not fit config.json, {len(report[problem])} {problem.replace('_', ' ')}, "
                 f"first {first}; the folder mixes two models"
@@ -204,7 +235,8 @@ def save_pretrained_whole(model: PreTrainedModel, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
-        model.save_pretrained(temporary)
+        with _disk_errors():
+            model.save_pretrained(temporary)
         files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == WEIGHTS_FILE)
         for file in files:
             _sync(file)

@@ -44,8 +44,9 @@ def _flag_fields(kind: type) -> type:
     return dataclasses.make_dataclass(kind.__name__, fresh, kw_only=True)
 
 
-def _yaml_as_flags(path: Path, allowed: Sequence[str]) -> list[str]:
+def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequence[str]) -> list[str]:
     """The keys of a YAML file as command-line words, so that both are checked by the same parser."""
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}  # noqa: SLF001
     if not path.is_file():
         raise InputError(f"config {path} is missing; the ones that come with the project are in configs/")
     try:
@@ -60,8 +61,14 @@ def _yaml_as_flags(path: Path, allowed: Sequence[str]) -> list[str]:
             raise InputError(f"config {path}: unknown key {key!r}; {nearest(str(key), allowed)}")
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(str(entry) for entry in values)]
+        if isinstance(value, dict) or (isinstance(value, list) and key not in lists):
+            raise InputError(f"config {path}: {key} is {value}; it takes a single value")
+        if value == []:
+            parser.set_defaults(**{key: []})  # a flag with no words after it is refused
+        elif isinstance(value, list):
+            words += [f"--{key}", *(str(entry) for entry in value)]
+        else:
+            words.append(f"--{key}={value}")
     return words
 
 
@@ -88,7 +95,7 @@ def parse(*kinds: type, argv: Sequence[str] | None = None, description: str | No
         config = first.parse_known_args(words)[0].config
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
-    defaults = _yaml_as_flags(config, fields) if config else []
+    defaults = _yaml_as_flags(config, parser, fields) if config else []
 
     known, rest = parser.parse_known_args(defaults + words)
     if rest:

@@ -7,3 +7,6 @@ class InputError(ValueError):
     The message is one line that says what was given, what is allowed and what to do. Scripts print it
     and exit with code 2; any other exception is a bug and keeps its traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

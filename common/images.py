@@ -27,6 +27,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # Pillow would clip 16-bit grey to 255 instead of scaling it
+    if image.mode not in ("I", "I;16", "I;16B", "I;16L"):
+        return image
+    return Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
 def load_image(path: str | Path, size: int) -> Tensor:
     """Read an image file as bytes (3, size, size) uint8, RGB.
 
@@ -39,7 +46,7 @@ def load_image(path: str | Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+                image = _eight_bits(ImageOps.exif_transpose(file)).convert("RGB")
     except (
         OSError, ValueError, SyntaxError, UnidentifiedImageError,
         Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -62,7 +69,7 @@ def save_png(picture: Image.Image, path: str | Path) -> None:
 
 
 def captioned_table(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     min_side: int = 96,
@@ -70,12 +77,12 @@ def captioned_table(
     """Lay pictures out as a labelled table.
 
     Args:
-        rows: pictures, all of one size; rows may differ in length.
+        rows: pictures, all of one size; rows may differ in length, and None leaves a place empty.
         row_labels: a caption to the left of each row; empty for none.
         column_labels: a caption above each column; empty for none.
         min_side: small pictures are enlarged by a whole factor until a side has about this many pixels.
     """
-    width, height = rows[0][0].size
+    width, height = next(picture.size for row in rows for picture in row if picture)
     factor = max(1, round(min_side / height))
     height, width, gap = height * factor, width * factor, 4
     font = ImageFont.load_default(size=14)
@@ -90,6 +97,7 @@ def captioned_table(
         draw.text((left + j * (width + gap) + width // 2, gap + 9), label, "black", font, anchor="mm")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + j * (width + gap), top + i * (height + gap)))
+            if picture:
+                enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(enlarged, (left + j * (width + gap), top + i * (height + gap)))
     return sheet

@@ -34,7 +34,7 @@ REPORT_EVERY = 20  # steps
 # settings that a resumed run may change; with other `steps` the schedule is the new one from there on
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-    | {"strict", "compile", "validation_images"}
+    | {"data_dir", "tokens", "strict", "compile", "validation_images"}
 )
 
 
@@ -168,6 +168,8 @@ class Checkpoints:
         with folder_written_whole(path) as temporary:
             save_tensors(temporary / "training.safetensors", tensors)
             write_text(temporary / "training.json", json.dumps({"step": step, "settings": settings}, indent=1))
+        for partial in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -229,6 +231,8 @@ class Loop:
     @torch.no_grad()
     def _restore(self) -> None:
         self.step, state = self.checkpoints.load(self.settings)
+        if self.step > self.config.steps:
+            raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give steps of that or more to go on")
         averaged: dict[str, Tensor] = dict(self.ema.module.named_parameters())
         for name, parameter in self._parameters().items():
             parameter.copy_(state[f"model.{name}"])
@@ -239,9 +243,9 @@ class Loop:
             }
         self.ema.n_averaged.copy_(state["ema_updates"])
         if self.accelerator.is_main_process and self.log.is_file():
-            lines = self.log.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            write_text(self.log, "".join(f"{line}\n" for line in kept))
+            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            write_text(self.log, "".join(kept))
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
     def sampler(self, length: int) -> StepSampler:
@@ -302,7 +306,9 @@ class Loop:
         self.ema.update_parameters(self.bare)
         self.step += 1
         bar.update()
-        if self.step % REPORT_EVERY == 0 or self.step == config.steps:
+        # a checkpoint or an export is never written of a run that has gone astray: the report looks first
+        due = (REPORT_EVERY, config.checkpoint_every, config.evaluate_every)
+        if self.step == config.steps or any(self.step % every == 0 for every in due):
             self._report(terms, rate, bar)
 
     def _report(self, terms: dict[str, Tensor], rate: float, bar: Any) -> None:

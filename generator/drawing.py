@@ -66,7 +66,7 @@ class Drawing:
                     seeds=content["seeds"].tolist(),
                     fingerprint=str(content["fingerprint"]),
                 )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path} is no tokens.npz of a drawing ({error}); give one that sample.py wrote"
             ) from error
@@ -201,7 +201,11 @@ def _grid(
         return names[label].split(",")[0][:22]
 
     if columns:
-        rows = [[*(column[i] for column in columns.values() if i < len(column)), finals[i]] for i in range(len(finals))]
+        # after Ctrl-C the last batch may not have come to every preview
+        rows = [
+            [*(column[i] if i < len(column) else None for column in columns.values()), finals[i]]
+            for i in range(len(finals))
+        ]
         return captioned_table(rows, [name(label) for label in labels], [f"k={k}" for k in [*columns, reached]])
     by_class: dict[int, list[Image.Image]] = {}
     for label, picture in zip(labels, finals, strict=True):

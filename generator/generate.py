@@ -31,6 +31,11 @@ def _check(
     if not len(labels):
         raise InputError("class_labels is empty; give at least one class")
     layout.check_labels(labels)
+    if not layout.has_null_label and bool((labels == layout.null_label).any()):
+        raise InputError(
+            f"class label {layout.null_label} stands for no class, which this model was not trained on; "
+            f"use 0..{layout.num_classes - 1}"
+        )
     if len(seeds) != len(labels):
         raise InputError(f"there are {len(seeds)} seeds for {len(labels)} class labels; give one for each")
     if not 1 <= num_tokens <= layout.num_channels:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -146,7 +147,10 @@ class ChannelTokPipeline:
             InputError: an argument out of its range, at the call.
         """
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale)
-        seeds = [seed + i for i in range(len(class_labels))] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(len(class_labels))]
+        else:
+            seeds = [int(entry) for entry in seed]
         count = self.layout.num_channels if num_tokens is None else num_tokens
         steps = stream(self.decoder, class_labels, seeds, count, sampling, prefix)
         return (PipelineStep(num_tokens=s.num_tokens, tokens=s.tokens, _tokenizer=self.tokenizer) for s in steps)

@@ -60,7 +60,8 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     Top-k keeps ties with its last logit; top-p keeps the fewest likely tokens whose probabilities
     reach `top_p`, at least one.
     """
-    logits = logits / temperature
+    # from the top, and never by a subnormal number: a tiny temperature then tends to argmax and not to inf - inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -69,7 +70,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
         probabilities = ordered.softmax(-1)
         # a token stays if the mass before it has not reached top_p yet
         before = probabilities.cumsum(-1) - probabilities
-        dropped = (before >= top_p).scatter(-1, order, before >= top_p)
+        dropped = torch.empty_like(order, dtype=torch.bool).scatter(-1, order, before >= top_p)
         dropped.scatter_(-1, order[..., :1], value=False)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits

@@ -131,7 +131,7 @@ class TokenStore:
         """Open a complete store.
 
         Raises:
-            InputError: no store, or one that is not complete or whose files have other sizes than noted.
+            InputError: no store, or one that is not complete.
         """
         store = cls(folder, cls.peek(folder))
         for split in SPLITS:
@@ -145,6 +145,11 @@ class TokenStore:
 
     def _path(self, split: str, shard: int, ending: str) -> Path:
         return self.folder / f"{split}-{shard:05d}.{ending}"
+
+    def left_out(self) -> list[str]:
+        """A line for each image file that could not be read, over all shards."""
+        shards = [(split, i) for split in SPLITS for i in range(self.header.num_shards(split))]
+        return [line for split, i in shards for line in read_json(self._path(split, i, "json"))["left_out"]]
 
     def has_shard(self, split: str, shard: int) -> bool:
         """Whether a shard is there, whole."""

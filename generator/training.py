@@ -159,7 +159,8 @@ def draw_sheet(
     model: LlamaForCausalLM, layout: TokenLayout, detokenize: Callable[[Tensor], Tensor], path: Path
 ) -> None:
     """Write a picture of samples with fixed seeds: a row for each of a few classes, a column for each k."""
-    labels = [i * layout.num_classes // PICTURE_CLASSES for i in range(min(PICTURE_CLASSES, layout.num_classes))]
+    shown = min(PICTURE_CLASSES, layout.num_classes)
+    labels = [i * layout.num_classes // shown for i in range(shown)]
     lengths = [k for k in (4, 16, 64, 128, 256) if k < layout.num_channels] + [layout.num_channels]
     decoder = CachedDecoder.from_llama(model, layout)
     *_, last = stream(decoder, labels, labels, layout.num_channels, SamplingConfig())

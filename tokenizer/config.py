@@ -1,5 +1,6 @@
 """The tokenizer's configuration: what is built, checked before anything is built."""
 
+import difflib
 from dataclasses import field, fields
 from typing import Any
 
@@ -44,6 +45,11 @@ class TokenizerConfig(PreTrainedConfig):
     num_heads: int = field(default=8, metadata={"help": "attention heads"})
 
     def __post_init__(self, **kwargs):
+        known = {*self.architecture(), *dir(PreTrainedConfig())}
+        for name in kwargs:
+            if name not in known and not name.startswith("_"):
+                close = difflib.get_close_matches(name, self.architecture(), n=2) or sorted(self.architecture())
+                raise InputError(f"TokenizerConfig has no {name!r}; did you mean {' or '.join(close)}?")
         super().__post_init__(**kwargs)
         for name in ("image_size", "num_channels", "latent_size", "num_bits", "patch_size", "num_heads"):
             if getattr(self, name) < 1:

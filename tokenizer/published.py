@@ -65,6 +65,8 @@ def rename_published_keys(state: dict[str, Tensor], prefix: str, path: str | Pat
             continue
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise InputError(f"{path}: {key!r} and another key both mean {name!r}; the file mixes two models")
         renamed[name] = value
     numbers = _renumber(set(renamed))
 

@@ -106,11 +106,12 @@ class ChannelTokenizer(PreTrainedModel):
         channels = self.config.num_channels
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= channels:
             raise InputError(f"tokens are {tuple(tokens.shape)}; this tokenizer takes (b, k) with k in 1..{channels}")
-        latents = self.quantizer.to_latents(unpack_bits(tokens, self.config.num_bits))
-        latents = F.pad(latents, (0, 0, 0, 0, 0, channels - tokens.shape[1]))
+        # all C rows are projected whatever k is: a product of another shape may differ in its last bits
+        padded = F.pad(tokens, (0, channels - tokens.shape[1]))
+        latents = self.quantizer.to_latents(unpack_bits(padded, self.config.num_bits))
         if num_tokens is None:
-            return latents
-        if num_tokens.shape != tokens.shape[:1] or not ((num_tokens >= 1) & (num_tokens <= tokens.shape[1])).all():
+            num_tokens = torch.full(tokens.shape[:1], tokens.shape[1])
+        elif num_tokens.shape != tokens.shape[:1] or not ((num_tokens >= 1) & (num_tokens <= tokens.shape[1])).all():
             raise InputError(
                 f"num_tokens is {num_tokens.tolist()}; give one length in 1..{tokens.shape[1]} for each row"
             )

@@ -1,0 +1,243 @@
+"""Small models, pictures, a token store, and a fast way to run scripts: shared by all tests."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaForCausalLM
+
+from common.checkpoint import fingerprint, folder_written_whole, save_pretrained_whole
+from generator.config import GeneratorConfig, TokenLayout
+from generator.decode import CachedDecoder
+from generator.model import build_generator, save_generator
+from generator.tokens import StoreHeader, TokenStore
+from tokenizer import ChannelTokenizer, TokenizerConfig
+
+REPO = Path(__file__).resolve().parents[1]
+CLASS_NAMES = [
+    "goldfish, Carassius auratus",
+    "tench, Tinca tinca",
+    "great white shark, white shark, man-eater",
+    "hen",
+    "ostrich, Struthio camelus",
+]
+
+# Importing torch and transformers takes longer than what most script tests do. So one process imports
+# them once and forks for each run; the fork runs the script's file as __main__, as a user's shell would.
+FORK_SERVER = """
+import json, os, runpy, sys, traceback
+import accelerate, torchvision, generator.drawing, generator.training, tokenizer.extraction
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        code = 0
+        try:
+            for number, path in ((1, job["out"]), (2, job["err"])):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.chdir(job["cwd"])
+            sys.argv = [job["script"], *job["arguments"]]
+            exec(job["before"], {})
+            runpy.run_path(job["script"], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a script's run left: its exit code (negative: the signal that ended it) and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class ScriptRunner:
+    """Runs scripts of the repository, each in a fresh fork of one process that has the imports done."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self._server: subprocess.Popen[str] | None = None
+
+    def command(self, script: str, arguments: Sequence[object]) -> list[str]:
+        """The words a user would type, for tests that want a process of their own."""
+        return [sys.executable, str(REPO / script), *map(str, arguments)]
+
+    def __call__(self, script: str, *arguments: object, before: str = "", cwd: Path | None = None) -> Finished:
+        """Run a script to its end. `before` is Python code that the fork executes first."""
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", FORK_SERVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self.environment,
+                cwd=self.folder,
+                text=True,
+            )
+        job = {
+            "script": str(REPO / script),
+            "arguments": [str(argument) for argument in arguments],
+            "before": before,
+            "cwd": str(cwd or self.folder),
+            "out": str(self.folder / "out.txt"),
+            "err": str(self.folder / "err.txt"),
+        }
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        assert answer, "the fork server ended"
+        return Finished(code=int(answer), out=Path(job["out"]).read_text(), err=Path(job["err"]).read_text())
+
+    def close(self) -> None:
+        """End the server."""
+        if self._server is not None:
+            self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptRunner]:
+    runner = ScriptRunner(tmp_path_factory.mktemp("scripts"))
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> ChannelTokenizer:
+    """32 x 32 pixels, 16 tokens of 6 bits; random weights."""
+    config = TokenizerConfig(
+        image_size=32,
+        num_channels=16,
+        patch_size=2,
+        encoder_widths=[32, 32],
+        decoder_widths=[32],
+        num_bits=6,
+        num_heads=4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return ChannelTokenizer(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_layout(tiny_tokenizer: ChannelTokenizer) -> TokenLayout:
+    return TokenLayout(
+        num_channels=16,
+        num_bits=6,
+        class_names=CLASS_NAMES,
+        tokenizer_fingerprint=fingerprint(tiny_tokenizer),
+        has_null_label=True,
+    )
+
+
+def sharp_generator(layout: TokenLayout, num_layers: int) -> LlamaForCausalLM:
+    """A random generator whose weights are scaled up, so that its odds are far from even and hang on all it read."""
+    config = GeneratorConfig(num_layers=num_layers, num_heads=2, hidden_size=32, intermediate_size=64)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(2)
+        model = build_generator(config, layout).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(50 if "embed" in name else 20 if "head" in name else 10)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny_layout: TokenLayout) -> LlamaForCausalLM:
+    return sharp_generator(tiny_layout, num_layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> CachedDecoder:
+    return CachedDecoder.from_llama(tiny_generator, tiny_layout)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_tokenizer: ChannelTokenizer,
+    tiny_generator: LlamaForCausalLM,
+    tiny_layout: TokenLayout,
+) -> Path:
+    """A model folder, tokenizer/ and generator/. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("model")
+    save_pretrained_whole(tiny_tokenizer, folder / "tokenizer")
+    save_generator(tiny_generator, tiny_layout, folder / "generator")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slow_pipeline_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer, tiny_layout: TokenLayout
+) -> Path:
+    """As `pipeline_folder`, with so many layers that an image takes a while."""
+    folder = tmp_path_factory.mktemp("slow-model")
+    save_pretrained_whole(tiny_tokenizer, folder / "tokenizer")
+    save_generator(sharp_generator(tiny_layout, num_layers=40), tiny_layout, folder / "generator")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ of three classes, PNG and JPEG of several sizes. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("n01", "n02", "n03"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize((32 + 8 * i, 40), Image.Resampling.BICUBIC)
+                picture.save(folder / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_store(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer, tiny_layout: TokenLayout
+) -> Path:
+    """A store of 64 random sequences over two shards; val holds the same ones. The first token tells them apart."""
+    folder = tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(3)
+    tokens = torch.from_numpy(rng.integers(0, 64, (64, 1, 16)))
+    tokens[:, 0, 0] = torch.arange(64)
+    labels = torch.arange(64) % 5
+    header = StoreHeader(
+        tokenizer_fingerprint=tiny_layout.tokenizer_fingerprint,
+        num_channels=16,
+        num_bits=6,
+        class_names=CLASS_NAMES,
+        views="none",
+        shard_size=40,
+        split_files={"train": 64, "val": 64},
+        listings={"train": "a", "val": "b"},
+    )
+    store = TokenStore.create(folder, header)
+    with folder_written_whole(store.tokenizer_folder) as temporary:
+        save_pretrained_whole(tiny_tokenizer, temporary)
+    for split in ("train", "val"):
+        store.write_shard(split, 0, tokens[:40], labels[:40], [])
+        store.write_shard(split, 1, tokens[40:], labels[40:], [])
+    return folder

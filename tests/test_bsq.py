@@ -1,0 +1,180 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import bits
+
+from tokenizer.bsq import (
+    BinarySphericalQuantizer,
+    pack_bits,
+    quantization_losses,
+    signs_to_codes,
+    straight_through,
+    unpack_bits,
+)
+
+
+def sphere(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@st.composite
+def token_lists(draw):
+    num_bits = draw(st.integers(1, 16))
+    tokens = draw(st.lists(st.integers(0, 2**num_bits - 1), min_size=1, max_size=6))
+    return num_bits, torch.tensor(tokens)
+
+
+@settings(deadline=None, max_examples=60)
+@given(token_lists())
+def test_tokens_to_codes_to_tokens_is_the_identity(case):
+    num_bits, tokens = case
+    codes = unpack_bits(tokens, num_bits)
+    assert codes.dtype == torch.float32
+    assert torch.equal(pack_bits(codes), tokens)
+    assert torch.equal(pack_bits(codes), bits.pack(codes))
+    torch.testing.assert_close(codes, bits.unpack(tokens, num_bits), atol=1e-7, rtol=0)
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(len(tokens)))
+
+
+@pytest.mark.parametrize("num_bits", [1, 7, 16])
+def test_every_token_of_uint16_survives_and_shapes_are_kept(num_bits):
+    tokens = torch.arange(2**num_bits).reshape(2, -1, 1)
+    codes = unpack_bits(tokens.to(torch.int32), num_bits)
+    assert codes.shape == (*tokens.shape, num_bits)
+    packed = pack_bits(codes)
+    assert packed.dtype == torch.int64
+    assert torch.equal(packed, tokens)
+
+
+def test_first_bit_is_the_most_significant():
+    assert pack_bits(torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])).tolist() == [4, 1]
+
+
+def test_codes_of_signs_are_those_of_tokens_bit_for_bit():
+    vectors = sphere(50, 12)
+    assert torch.equal(signs_to_codes(vectors), unpack_bits(pack_bits(vectors), 12))
+
+
+def test_zero_and_nan_count_as_negative():
+    codes = signs_to_codes(torch.tensor([0.0, -0.0, float("nan"), 1e-30]))
+    assert codes.tolist() == [-0.5, -0.5, -0.5, 0.5]
+    assert pack_bits(torch.tensor([0.0, -0.0, float("nan"), 1e-30])).item() == 1
+
+
+def test_a_latent_of_zeros_has_a_code():
+    quantizer = BinarySphericalQuantizer(4, 16)
+    vectors = quantizer.to_sphere(torch.zeros(1, 2, 4, 4))
+    assert torch.equal(pack_bits(vectors), torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_straight_through_gives_codes_and_passes_the_gradient_unchanged():
+    vectors = sphere(2, 3, 8).requires_grad_()
+    weights = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    out = straight_through(vectors)
+    torch.testing.assert_close(out, signs_to_codes(vectors), atol=1e-7, rtol=0)
+    (out * weights).sum().backward()
+    assert torch.equal(vectors.grad, weights)
+
+
+def test_the_gradient_goes_through_the_normalisation_to_the_latents():
+    quantizer = BinarySphericalQuantizer(4, 16)
+    latents = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    (quantizer.to_latents(straight_through(quantizer.to_sphere(latents))) * weights).sum().backward()
+    flat, along = latents.detach().reshape(2, 16), weights.reshape(2, 16)
+    unit = F.normalize(flat, dim=-1)
+    expected = (along - unit * (along * unit).sum(-1, keepdim=True)) / flat.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(latents.grad.reshape(2, 16), expected)
+
+
+@pytest.mark.parametrize("num_bits", [1, 6, 8])
+@pytest.mark.parametrize("inverse_temperature", [1.0, 100.0])
+def test_one_group_of_all_bits_is_the_full_table(num_bits, inverse_temperature):
+    vectors = sphere(2, 5, num_bits)
+    keep = torch.ones(2, 5, dtype=torch.bool)
+    found = quantization_losses(vectors, keep, inverse_temperature, group_bits=num_bits)
+    token, codebook = bits.full_table_entropies(vectors.flatten(0, 1), inverse_temperature)
+    torch.testing.assert_close(found.token_entropy.double(), token, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.codebook_entropy.double(), codebook, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_bits", [1, 2, 3, 4, 6, 7, 16])
+@pytest.mark.parametrize("inverse_temperature", [2.0, 30.0])
+def test_groups_keep_the_token_entropy_and_bound_the_codebook_entropy(group_bits, inverse_temperature):
+    num_bits = 7
+    vectors = sphere(3, 6, num_bits)
+    found = quantization_losses(vectors, torch.ones(3, 6, dtype=torch.bool), inverse_temperature, group_bits)
+    token, codebook = bits.full_table_entropies(vectors.flatten(0, 1), inverse_temperature, clamp=1e-300)
+    clamp = 2**num_bits * 1e-5 / 2.718  # the most that a clamp of 1e-5 can take from a table of 2**n
+    assert abs(found.token_entropy.item() - token.item()) < clamp
+    assert found.codebook_entropy.item() >= codebook.item() - clamp
+    if group_bits < num_bits:
+        assert found.codebook_entropy.item() > codebook.item() + 0.01
+
+
+def test_groups_that_agree_give_the_bound_and_not_the_joint_entropy():
+    agreeing = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])[None] / 2**0.5
+    keep = torch.ones(1, 2, dtype=torch.bool)
+    joint = quantization_losses(agreeing, keep, group_bits=2).codebook_entropy
+    grouped = quantization_losses(agreeing, keep, group_bits=1).codebook_entropy
+    torch.testing.assert_close(joint, torch.tensor(2.0).log(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(grouped, 2 * torch.tensor(2.0).log(), atol=1e-4, rtol=0)
+
+
+def test_commitment_is_the_mean_squared_distance_to_the_code():
+    vectors = sphere(2, 3, 4)
+    found = quantization_losses(vectors, torch.ones(2, 3, dtype=torch.bool)).commitment
+    codes = bits.unpack(bits.pack(vectors.flatten(0, 1)), 4).reshape(2, 3, 4)
+    torch.testing.assert_close(found, ((vectors - codes) ** 2).mean())
+
+
+def gradient_of_losses(vectors, keep):
+    vectors = vectors.clone().requires_grad_()
+    terms = quantization_losses(vectors, keep, inverse_temperature=3.0, group_bits=3)
+    values = torch.stack([terms.token_entropy, terms.codebook_entropy, terms.commitment])
+    (values * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+    return values.detach(), vectors.grad
+
+
+@pytest.mark.parametrize("filler", [0.0, 1e38, float("inf"), float("nan")])
+def test_dropped_channels_have_no_influence_and_no_gradient(filler):
+    vectors = sphere(2, 4, 6)
+    keep = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    values, gradient = gradient_of_losses(vectors, keep)
+    filled = torch.where(keep[..., None], vectors, filler)
+    filled_values, filled_gradient = gradient_of_losses(filled, keep)
+    assert torch.equal(filled_values, values)
+    assert torch.equal(filled_gradient, gradient)
+    assert (gradient[~keep] == 0).all()
+    assert (gradient[keep] != 0).any(-1).all()
+    alone, _ = gradient_of_losses(vectors[keep][None], torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(values, alone)
+
+
+def test_kept_channels_do_have_influence():
+    vectors = sphere(2, 4, 6)
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    fewer = keep.clone()
+    fewer[0, 3] = False
+    assert not torch.allclose(gradient_of_losses(vectors, keep)[0], gradient_of_losses(vectors, fewer)[0])
+
+
+@pytest.mark.parametrize("num_bits", [8, 16])
+def test_quantizer_computes_in_float32_inside_bfloat16_autocast(num_bits):
+    torch.manual_seed(0)
+    quantizer = BinarySphericalQuantizer(4, num_bits)
+    latents = torch.randn(2, 3, 4, 4)
+    vectors = quantizer.to_sphere(latents)
+    out = quantizer.to_latents(straight_through(vectors))
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors_inside = quantizer.to_sphere(latents)
+        out_inside = quantizer.to_latents(straight_through(vectors_inside))
+        terms = quantization_losses(vectors_inside, torch.ones(2, 3, dtype=torch.bool))
+        from_bfloat16 = quantizer.to_sphere(latents.bfloat16())
+    assert vectors_inside.dtype == out_inside.dtype == from_bfloat16.dtype == torch.float32
+    assert {terms.token_entropy.dtype, terms.codebook_entropy.dtype, terms.commitment.dtype} == {torch.float32}
+    assert torch.equal(vectors_inside, vectors)
+    assert torch.equal(out_inside, out)
+    assert torch.equal(from_bfloat16, quantizer.to_sphere(latents.bfloat16().float()))

@@ -1,0 +1,260 @@
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from common import cli
+from common.errors import InputError
+from tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of a run."""
+
+    output_dir: str = field(default="out", metadata={"help": "folder for everything"})
+    steps: int = 10
+    rate: float = 0.5
+    fast: bool = False
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    mode: Literal["one", "two"] = "one"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """A setting without a default."""
+
+    data_dir: str
+    colour: str = "red"
+
+
+def refusal(*kinds, argv):
+    with pytest.raises(InputError) as caught:
+        cli.parse(*kinds, argv=argv)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert cli.parse(Run, argv=[]) == (Run(),)
+
+
+def test_flags_of_several_dataclasses_with_dashes_or_underscores():
+    argv = ["--data-dir", "d", "--output_dir=o", "--steps", "3", "--sizes", "4", "5", "6", "--fast", "--limit", "7"]
+    run, needed = cli.parse(Run, Needed, argv=argv)
+    assert run == Run(output_dir="o", steps=3, sizes=[4, 5, 6], fast=True, limit=7)
+    assert needed == Needed(data_dir="d")
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False)])
+def test_switches_take_a_value_too(word, value):
+    assert cli.parse(Run, argv=["--fast", word])[0].fast is value
+
+
+def test_flags_come_before_the_yaml_file_and_the_file_before_defaults(config):
+    words = config("steps: 7\nrate: 1.0e-3\nsizes: [3]\nfast: true\nlimit: 5\n")
+    assert cli.parse(Run, argv=words) == (Run(steps=7, rate=1e-3, sizes=[3], fast=True, limit=5),)
+    flags = ["--steps", "9", "--sizes", "8", "9", "--fast", "false"]
+    expected = (Run(steps=9, rate=1e-3, sizes=[8, 9], fast=False, limit=5),)
+    assert cli.parse(Run, argv=flags + words) == expected
+    assert cli.parse(Run, argv=words + flags) == expected
+
+
+def test_a_yaml_file_may_give_what_has_no_default_and_leave_keys_empty(config):
+    run, needed = cli.parse(Run, Needed, argv=config("data_dir: somewhere\nsteps:\n"))
+    assert needed.data_dir == "somewhere"
+    assert run.steps == 10
+
+
+def test_an_empty_list_in_a_yaml_file_is_an_empty_list(config):
+    assert cli.parse(Run, argv=config("sizes: []\n"))[0].sizes == []
+
+
+def test_a_text_in_a_yaml_file_may_begin_with_a_dash(config):
+    assert cli.parse(Run, argv=config("output_dir: -old-\nrate: -0.5\n"))[0] == Run(output_dir="-old-", rate=-0.5)
+
+
+def test_an_empty_yaml_file_changes_nothing(config):
+    assert cli.parse(Run, argv=config("# nothing\n")) == (Run(),)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--stesp", "3"], "--steps"),
+        (["--stesp=3"], "--steps"),
+        (["--outputdir", "x"], "--output-dir"),
+        (["--step", "3"], "--steps"),
+        (["--confg", "x"], "--config"),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest(argv, expected):
+    message = refusal(Run, argv=argv)
+    assert argv[0] in message
+    assert f"did you mean {expected}" in message
+
+
+def test_words_that_belong_to_no_flag_are_refused():
+    assert "'stray'" in refusal(Run, argv=["stray"])
+
+
+def test_an_unknown_key_is_named_with_the_nearest(config):
+    message = refusal(Run, argv=config("stesp: 3\n"))
+    assert "'stesp'" in message
+    assert "did you mean steps" in message
+    assert "config.yaml" in message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--steps", "many"],
+        ["--steps", "1.5"],
+        ["--rate", "fast"],
+        ["--sizes", "1", "x"],
+        ["--mode", "three"],
+        ["--fast", "perhaps"],
+        ["--limit", "x"],
+        ["--steps"],
+    ],
+)
+def test_a_value_of_the_wrong_type_names_flag_and_value(config, argv):
+    message = refusal(Run, argv=argv)
+    assert argv[0] in message
+    assert argv[-1] in message
+    if len(argv) == 2:
+        from_file = refusal(Run, argv=config(f"{argv[0][2:]}: {argv[1]}\n"))
+        assert argv[0][2:] in from_file
+        assert argv[1] in from_file
+
+
+def test_a_list_where_one_value_belongs_names_the_key(config):
+    assert "steps" in refusal(Run, argv=config("steps: [1, 2]\n"))
+
+
+def test_what_the_dataclass_refuses_is_refused():
+    assert refusal(Run, argv=["--steps", "0"]) == "steps is 0; it must be at least 1"
+
+
+def test_a_missing_setting_is_named():
+    message = refusal(Needed, argv=[])
+    assert "data-dir" in message or "data_dir" in message
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    assert str(tmp_path / "no.yaml") in refusal(Run, argv=["--config", str(tmp_path / "no.yaml")])
+    assert str(tmp_path) in refusal(Run, argv=["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "{", "steps", "a: b: c", "\x00"])
+def test_a_file_that_is_no_yaml_of_keys_is_named(config, text):
+    assert "config.yaml" in refusal(Run, argv=config(text))
+
+
+def test_a_flag_without_its_yaml_file_is_refused():
+    assert "--config" in refusal(Run, argv=["--config"])
+
+
+def test_of_a_transformers_configuration_only_its_own_fields_are_flags():
+    argv = ["--image-size", "32", "--encoder-widths", "32", "32", "--decoder-widths", "32", "--patch-size", "2"]
+    run, model = cli.parse(Run, TokenizerConfig, argv=argv)
+    assert run == Run()
+    assert (model.image_size, model.encoder_widths, model.patch_size) == (32, [32, 32], 2)
+    assert "unknown argument '--dtype'" in refusal(Run, TokenizerConfig, argv=[*argv, "--dtype", "float32"])
+    assert "num_bits" in refusal(TokenizerConfig, argv=[*argv, "--num-bits", "17"])
+
+
+def test_help_shows_every_flag_with_its_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(Run, Needed, argv=["--help"], description="What it does.")
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "folder for everything" in shown
+    for name in [one.name for kind in (Run, Needed) for one in dataclasses.fields(kind)]:
+        assert f"--{name}" in shown
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+
+from common import cli
+from common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    do: str = "nothing"
+
+
+def main():
+    (settings,) = cli.parse(Settings)
+    if settings.do == "input":
+        raise InputError("this is\\nnot allowed")
+    if settings.do == "full":
+        raise OSError(28, "No space left on device", "/some/file")
+    if settings.do == "interrupt":
+        raise KeyboardInterrupt
+    if settings.do == "bug":
+        raise ValueError("a bug")
+    sys.stdout.write("done")
+
+
+cli.run(main)
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path, scripts):
+    (tmp_path / "little.py").write_text(SCRIPT)
+    return lambda *arguments: scripts(tmp_path / "little.py", *arguments)
+
+
+def test_a_good_run_ends_with_0_and_says_nothing(run_script):
+    done = run_script()
+    assert (done.code, done.out, done.err) == (0, "done", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--do", "input"], "this is not allowed"),
+        (["--od", "x"], "unknown argument '--od'; did you mean --do"),
+        (["--config", "no.yaml"], "config no.yaml is missing"),
+        (["--do", "full"], "No space left on device while writing /some/file"),
+    ],
+)
+def test_a_users_mistake_ends_with_2_and_one_line(run_script, arguments, line):
+    done = run_script(*arguments)
+    assert done.code == 2
+    assert done.err.startswith(f"little.py: error: {line}")
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+def test_a_bug_keeps_its_traceback(run_script):
+    done = run_script("--do", "bug")
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert "ValueError: a bug" in done.err
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(run_script):
+    done = run_script("--do", "interrupt")
+    assert (done.code, done.err) == (130, "")

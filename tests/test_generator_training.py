@@ -1,0 +1,475 @@
+"""Training the generator: its loss, what it learns, its export, and runs that are killed and resumed (laws 7 and 8)."""
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_NAMES, ScriptRunner
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import generator.training
+from common.errors import InputError
+from common.training import LoopConfig, StepSampler
+from generator.config import GeneratorConfig, TokenLayout
+from generator.decode import CachedDecoder
+from generator.generate import stream
+from generator.model import build_generator, load_generator, save_generator
+from generator.pipeline import ChannelTokPipeline
+from generator.sampling import SamplingConfig
+from generator.training import GeneratorTrainingConfig, losses_by_position, position_weights, train_generator
+from tokenizer import ChannelTokenizer
+
+C, CODES = 16, 64
+SIZE = GeneratorConfig(num_layers=2, num_heads=2, hidden_size=32, intermediate_size=64)
+
+
+def settings(store: Path, output_dir: Path, **changes: object) -> GeneratorTrainingConfig:
+    values = {
+        "tokens": str(store),
+        "output_dir": str(output_dir),
+        "steps": 10,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "warmup_steps": 10,
+        "weight_decay": 0.0,
+        "ema_decay": 0.9,
+        "mixed_precision": "no",
+        "num_workers": 0,
+    }
+    return GeneratorTrainingConfig(**(values | changes))
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------- loss
+
+
+def random_tokens(count: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, CODES, (count, C), generator=rng), torch.randint(0, 5, (count,), generator=rng)
+
+
+@torch.no_grad()
+def test_a_fresh_model_knows_nothing(tiny_layout: TokenLayout) -> None:
+    """Law 7: the loss is the logarithm of the number of rows that are scored."""
+    tokens, labels = random_tokens(64)
+    model = build_generator(GeneratorConfig(num_layers=2, num_heads=4, hidden_size=64), tiny_layout).eval()
+    losses = losses_by_position(model, tiny_layout, tokens, labels)
+    assert losses.shape == (64, C)
+    assert float(losses.mean()) == pytest.approx(math.log(CODES + 5 + 1), rel=0.01)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_loop(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> None:
+    tokens, labels = random_tokens(3)
+    found = losses_by_position(tiny_generator, tiny_layout, tokens, labels)
+    for i in range(3):
+        rows = [CODES + int(labels[i])]
+        for j in range(C):
+            # what predicts token j has read the class and the tokens before it, and nothing else
+            odds = tiny_generator(input_ids=torch.tensor([rows])).logits[0, -1].double().log_softmax(-1)
+            assert float(found[i, j]) == pytest.approx(-float(odds[tokens[i, j]]), rel=1e-4, abs=1e-4)
+            rows.append(int(tokens[i, j]))
+
+
+def test_position_weights_have_mean_one() -> None:
+    for count in (2, 16, 256):
+        assert position_weights("none", count).tolist() == [1.0] * count
+        weights = position_weights("linear", count)
+        assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
+        assert float(weights[0] / weights[-1]) == pytest.approx(2, rel=1e-5)
+        assert (weights[1:] < weights[:-1]).all()
+
+
+# ------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def trained(token_store: Path, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer) -> Path:
+    """64 sequences learned by heart."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = settings(token_store, folder, steps=400, batch_size=64, label_dropout=0.05, checkpoint_every=400)
+    train_generator(run, dataclasses.replace(SIZE, hidden_size=64, intermediate_size=128), tiny_tokenizer.detokenize)
+    return folder
+
+
+def test_a_small_set_is_learned_by_heart(trained: Path) -> None:
+    evaluation = log_of(trained)[-1]["evaluation"]
+    # 64 first tokens over 5 classes are even chances; what follows hangs on the first token alone
+    assert evaluation["nats_by_position"][0] == pytest.approx(math.log(64 / 5), abs=0.4)
+    assert max(evaluation["nats_by_position"][1:]) < 0.3
+    assert evaluation["nats"] < 0.35 < evaluation["unigram_nats"]
+
+
+def test_a_run_leaves_a_folder_to_draw_from(trained: Path, token_store: Path) -> None:
+    pipeline = ChannelTokPipeline.from_pretrained(trained, "cpu")
+    assert pipeline.layout.class_names == CLASS_NAMES
+    assert pipeline.layout.has_null_label
+    assert (trained / "checkpoints" / "step-00000400" / "training.safetensors").is_file()
+    assert (trained / "samples" / "step-00000400.png").is_file()
+    # what it draws is what it has learned, of the class that was asked for
+    known = np.concatenate([np.load(path) for path in sorted(token_store.glob("train-*.tokens.npy"))])[:, 0]
+    drawn = pipeline([2] * 12, seed=0, temperature=0.5).tokens
+    of_class = {tuple(row) for row in known[2::5].tolist()}
+    assert sum(tuple(row) in of_class for row in drawn.tolist()) >= 9
+
+
+def test_exported_folder_is_a_plain_transformers_model(trained: Path) -> None:
+    """Greedy generation by transformers, among the code rows, is our stream at temperature 0."""
+    model = AutoModelForCausalLM.from_pretrained(trained / "generator").eval()
+    assert type(model) is LlamaForCausalLM
+    layout = ChannelTokPipeline.from_pretrained(trained, "cpu").layout
+    labels = [0, 3, 5]
+    rows = torch.tensor(labels)[:, None] + CODES
+    whole = model.generate(
+        rows,
+        attention_mask=torch.ones_like(rows),
+        max_new_tokens=C,
+        do_sample=False,
+        suppress_tokens=list(range(CODES, layout.vocab_size)),
+    )
+    *_, last = stream(CachedDecoder.from_llama(model, layout), labels, [0, 1, 2], C, SamplingConfig(temperature=0))
+    assert whole[:, 1:].tolist() == last.tokens.tolist()
+
+
+def test_pictures_of_an_evaluation_show_each_class_once(
+    tiny_generator: LlamaForCausalLM,
+    tiny_layout: TokenLayout,
+    tiny_tokenizer: ChannelTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captions: list[list[str]] = []
+    real = generator.training.captioned_table
+
+    def spy(rows: Any, row_labels: list[str], column_labels: list[str]) -> Image.Image:
+        captions[:] = [list(row_labels), list(column_labels)]
+        return real(rows, row_labels, column_labels)
+
+    monkeypatch.setattr(generator.training, "captioned_table", spy)
+    path = tmp_path / "samples" / "sheet.png"
+    generator.training.draw_sheet(tiny_generator, tiny_layout, tiny_tokenizer.detokenize, path)
+    with Image.open(path) as picture:
+        picture.verify()
+    assert captions[0] == [name.split(",")[0][:20] for name in CLASS_NAMES]
+    assert captions[1] == ["k=4", "k=16"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_label_dropout_has_its_share(
+    token_store: Path,
+    tmp_path: Path,
+    tiny_tokenizer: ChannelTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+) -> None:
+    shown: list[Tensor] = []
+    evaluated: list[Tensor] = []
+    real: Callable[..., Tensor] = losses_by_position
+
+    def spy(model: nn.Module, layout: TokenLayout, tokens: Tensor, labels: Tensor) -> Tensor:
+        (shown if torch.is_grad_enabled() else evaluated).append(labels)
+        return real(model, layout, tokens, labels)
+
+    monkeypatch.setattr(generator.training, "losses_by_position", spy)
+    run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=share)
+    train_generator(run, SIZE, tiny_tokenizer.detokenize)
+    labels = torch.cat(shown)
+    assert len(labels) == 2560
+    # 4 sigma of 2560 draws at 0.3
+    assert float((labels == 5).float().mean()) == pytest.approx(share, abs=0.037)
+    assert len({tuple((batch == 5).tolist()) for batch in shown}) > (30 if share else 0)
+    assert not (torch.cat(evaluated) == 5).any()
+    assert json.loads((tmp_path / "run/generator/channeltok.json").read_text())["has_null_label"] is (share > 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"label_dropout": 1.0}, "label_dropout"),
+        ({"label_dropout": -0.1}, "label_dropout"),
+        ({"label_dropout": math.nan}, "label_dropout"),
+        ({"validation_images": 0}, "validation_images"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"beta2": 1.0}, "beta2"),
+        ({"ema_decay": -0.1}, "ema_decay"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named) as caught:
+        settings(Path("store"), Path("run"), **change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_heads": 768}, "hidden_size"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+    ],
+)
+def test_bad_sizes_are_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named) as caught:
+        GeneratorConfig(**change)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loaded_logits_are_those_saved(
+    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tmp_path: Path, dtype: str
+) -> None:
+    """Law 8, first half: bit for bit."""
+    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    save_generator(tiny_generator, tiny_layout, tmp_path, dtype)
+    loaded, layout = load_generator(tmp_path, torch_dtype)
+    assert layout == tiny_layout
+    assert loaded.dtype == torch_dtype
+    assert tiny_generator.dtype == torch.float32  # saving leaves the model as it is
+    model = copy.deepcopy(tiny_generator)
+    for parameter in model.parameters():
+        # weights alone: the rotary table stays float32, as in every model that transformers loads
+        parameter.data = parameter.data.to(torch_dtype)
+    tokens, labels = random_tokens(3)
+    with torch.no_grad():
+        rows = tiny_layout.inputs(labels, tokens)
+        assert torch.equal(loaded(input_ids=rows).logits, model(input_ids=rows).logits)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_card_of_another_model_is_refused(
+    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tmp_path: Path
+) -> None:
+    save_generator(tiny_generator, tiny_layout, tmp_path)
+    card = tmp_path / "channeltok.json"
+    content = json.loads(card.read_text())
+    for damaged in (
+        json.dumps(content | {"class_names": CLASS_NAMES[:4]}),
+        json.dumps(content | {"num_bits": 7}),
+        json.dumps(content | {"colour": "red"}),
+        json.dumps({"num_bits": 6}),
+        "{",
+    ):
+        card.write_text(damaged)
+        with pytest.raises(InputError, match=r"channeltok\.json") as caught:
+            load_generator(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- order of the data
+
+
+def order(
+    rank: int, world_size: int, *, first_step: int = 0, length: int = 10, seed: int = 4
+) -> list[list[tuple[int, int]]]:
+    config = LoopConfig(output_dir="unused", steps=9, batch_size=4, seed=seed)
+    sampler = StepSampler(length, config, first_step, rank, world_size)
+    steps = list(sampler)
+    assert len(sampler) == len(steps) == 9 - first_step
+    return steps
+
+
+def test_each_epoch_shows_every_image_once() -> None:
+    flat = [entry for step in order(0, 1) for entry in step]
+    for epoch in range(3):
+        assert sorted(index for index, at in flat if at == epoch) == list(range(10))
+    assert [at for _, at in flat] == sorted(at for _, at in flat)
+    epochs = [[index for index, at in flat if at == epoch] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order(0, 1, seed=5) != order(0, 1)
+    assert order(0, 1) == order(0, 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("first_step", [0, 1, 4, 8])
+def test_processes_share_what_one_would_see(world_size: int, first_step: int) -> None:
+    """Law 8 and 4 for data: the steps do not know how many processes there are, nor where a run was resumed."""
+    one = order(0, 1)[first_step:]
+    ranks = [order(rank, world_size, first_step=first_step) for rank in range(world_size)]
+    for step, expected in enumerate(one):
+        shares = [rank[step] for rank in ranks]
+        assert {len(share) for share in shares} == {4 // world_size}
+        assert sorted(entry for share in shares for entry in share) == sorted(expected)
+
+
+def test_a_batch_larger_than_the_set_goes_round(token_store: Path) -> None:
+    flat = [entry for step in order(0, 1, length=3) for entry in step]
+    assert sorted(flat[:6]) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(InputError, match="batch_size"):
+        order(0, 3)
+
+
+# ------------------------------------------------------------------------------------- killed and resumed
+
+KILLED_BETWEEN = """
+import os, signal, common.training
+real = common.training.learning_rate_at
+def rate(step, config):
+    if step == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(step, config)
+common.training.learning_rate_at = rate
+"""
+KILLED_IN_CHECKPOINT = """
+import os, signal, common.training
+real = common.training.save_tensors
+def save(path, tensors):
+    real(path, tensors)
+    if "step-00000016" in str(path):
+        path.write_bytes(path.read_bytes()[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+common.training.save_tensors = save
+"""
+KILLED_IN_EXPORT = """
+import os, signal, transformers
+real = transformers.LlamaForCausalLM.save_pretrained
+calls = []
+def save(self, folder, **kwargs):
+    real(self, folder, **kwargs)
+    calls.append(folder)
+    if len(calls) == 2:
+        weights = os.path.join(folder, "model.safetensors")
+        open(weights, "r+b").truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+transformers.LlamaForCausalLM.save_pretrained = save
+"""
+
+
+def words(store: Path, output_dir: Path, *more: object) -> list[object]:
+    given = {
+        "tokens": store, "output_dir": output_dir, "steps": 24, "batch_size": 16, "warmup_steps": 4,
+        "learning_rate": 0.01, "ema_decay": 0.9, "mixed_precision": "no", "num_workers": 0, "evaluate_every": 8,
+        "checkpoint_every": 8, "attention_dropout": 0.1, "num_layers": 1, "num_heads": 2, "hidden_size": 32,
+        "intermediate_size": 64,
+    }  # fmt: skip
+    return [word for name, value in given.items() for word in (f"--{name}", value)] + list(more)
+
+
+@pytest.fixture(scope="module")
+def unbroken(scripts: ScriptRunner, token_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("law8") / "unbroken"
+    done = scripts("train_ar.py", *words(token_store, folder))
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(scripts: ScriptRunner, token_store: Path, unbroken: Path) -> Path:
+    """A run killed at step 13, after its checkpoint at 8. Tests resume a copy."""
+    folder = unbroken.parent / "killed"
+    assert scripts("train_ar.py", *words(token_store, folder), before=KILLED_BETWEEN).code == -9
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
+    return folder
+
+
+def same_run(found: Path, expected: Path) -> None:
+    for name in ("generator/model.safetensors", "checkpoints/step-00000024/training.safetensors"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    assert log_of(found) == log_of(expected)
+
+
+def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
+    """What the comparisons below compare is not trivially equal."""
+    states = [load_file(unbroken / f"checkpoints/step-000000{step}/training.safetensors") for step in (16, 24)]
+    assert not torch.equal(states[0]["model.lm_head.weight"], states[1]["model.lm_head.weight"])
+    assert not torch.equal(states[1]["ema.lm_head.weight"], states[1]["model.lm_head.weight"])
+    log = log_of(unbroken)
+    assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
+    assert [entry["step"] for entry in log if "evaluation" in entry] == [8, 16, 24]
+    assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
+    exported = load_file(unbroken / "generator/model.safetensors")
+    assert torch.equal(exported["lm_head.weight"], states[1]["ema.lm_head.weight"])
+
+
+def test_killed_and_resumed_is_the_unbroken_run(
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
+    assert done.code == 0, done.err
+    assert "resumed at step 8" in done.err
+    same_run(folder, unbroken)
+
+
+@pytest.mark.parametrize("before", [KILLED_IN_CHECKPOINT, KILLED_IN_EXPORT], ids=["checkpoint", "export"])
+def test_killed_while_writing_and_resumed_is_the_unbroken_run(
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, tmp_path: Path, before: str
+) -> None:
+    folder = tmp_path / "run"
+    assert scripts("train_ar.py", *words(token_store, folder), before=before).code == -9
+    # what was exported before is still whole
+    load_generator(folder / "generator")
+    done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
+    assert done.code == 0, done.err
+    same_run(folder, unbroken)
+
+
+def test_a_half_written_log_line_does_not_stop_a_resume(
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 9, "learning_ra')
+    done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
+    assert done.code == 0, done.err
+    same_run(folder, unbroken)
+
+
+def test_resuming_otherwise_is_refused(
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
+) -> None:
+    cases = [
+        ([killed], "--resume"),
+        ([killed, "--resume", "true", "--learning_rate", "0.02"], "learning_rate"),
+        ([killed, "--resume", "true", "--hidden_size", "64"], "size"),
+        ([tmp_path / "nothing", "--resume", "true"], "nothing to resume"),
+    ]
+    for (folder, *more), named in cases:
+        before = sorted(path.name for path in Path(folder).rglob("*"))
+        done = scripts("train_ar.py", *words(token_store, Path(folder), *more))
+        lines = done.err.strip().splitlines()
+        assert done.code == 2, done.err
+        assert len(lines) == 1, done.err
+        assert named in lines[0]
+        assert sorted(path.name for path in Path(folder).rglob("*")) == before
+
+
+def test_a_store_with_another_tokenizer_is_refused(
+    scripts: ScriptRunner, token_store: Path, tiny_tokenizer: ChannelTokenizer, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(token_store, store)
+    header = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps(header | {"tokenizer_fingerprint": "f" * 16}))
+    done = scripts("train_ar.py", *words(store, tmp_path / "run"))
+    assert done.code == 2
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,459 @@
+"""The scripts as their users run them: files, exit codes, and what stands on stderr."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Finished, ScriptRunner
+from PIL import Image
+
+from common.checkpoint import save_pretrained_whole
+from generator.drawing import Drawing
+from generator.pipeline import ChannelTokPipeline
+from generator.tokens import TokenDataset, TokenStore
+from tokenizer import ChannelTokenizer
+
+C = 16
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def refused(done: Finished) -> str:
+    """The one line of a clean refusal, progress bars set aside."""
+    lines = [line for line in done.err.splitlines() if line and "shard/s]" not in line]
+    assert done.code == 2, done.err
+    assert len(lines) == 1, done.err
+    assert done.out == ""
+    assert lines[0].split(": ")[0].endswith(".py")
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------- sample.py
+
+
+def test_sample_writes_what_it_promises(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, from a folder that is not the repository's."""
+    words = ["--model", pipeline_folder, "--class-names", "goldfish", "man-eater", "--num-tokens", 8]
+    words += ["--previews", 4, 8, "--output-dir", "out", "--seed", 5, "--samples-per-class", 2, "--batch-size", 3]
+    done = subprocess.run(
+        scripts.command("sample.py", words), cwd=tmp_path, env=scripts.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "4 images of 8 tokens written to out" in done.stderr
+    out = tmp_path / "out"
+    previews = [f"previews/0000{i}_k000{k}.png" for i in range(4) for k in (4, 8)]
+    assert files_below(out) == [*(f"0000{i}.png" for i in range(4)), "grid.png", *previews, "tokens.npz"]
+    assert files_below(tmp_path) == [f"out/{name}" for name in files_below(out)]
+
+    pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    expected = pipeline([0, 0, 2, 2], num_tokens=8, seed=5)
+    with np.load(out / "tokens.npz") as content:
+        assert content["tokens"].dtype == np.uint16
+        assert content["tokens"].tolist() == expected.tokens.tolist()
+        assert content["num_tokens"].tolist() == [8] * 4
+        assert content["class_labels"].tolist() == [0, 0, 2, 2]
+        assert content["seeds"].tolist() == [5, 6, 7, 8]
+        assert str(content["fingerprint"]) == pipeline.fingerprint
+    sketch = pipeline([0, 0, 2, 2], num_tokens=4, seed=5)
+    for i in range(4):
+        for name, picture in (
+            (f"0000{i}.png", expected.images[i]),
+            (f"previews/0000{i}_k0008.png", expected.images[i]),
+            (f"previews/0000{i}_k0004.png", sketch.images[i]),
+        ):
+            with Image.open(out / name) as found:
+                assert found.convert("RGB").tobytes() == picture.tobytes(), name
+
+
+def test_sample_without_classes_shows_some_at_growing_k(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    done = scripts("sample.py", "--model", pipeline_folder, cwd=tmp_path)
+    assert done.code == 0, done.err
+    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    assert drawing.class_labels == [0, 1, 2, 3, 4]
+    assert drawing.tokens.shape == (5, C)
+    names = [f"previews/0000{i}_k{k:04d}.png" for i in range(5) for k in (1, 4)]
+    assert set(names) <= set(files_below(tmp_path / "samples"))
+    with Image.open(tmp_path / "samples" / "grid.png") as grid:
+        # a column for each of k = 1, 4, 16 and a row for each class
+        assert grid.width > 3 * 96
+        assert grid.height > 5 * 96
+
+
+def test_sample_again_replaces_the_earlier_pictures_and_nothing_else(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--model", pipeline_folder, "--output-dir", "o", "--num-tokens", 4]
+    assert scripts("sample.py", *words, "--class-labels", 0, 1, 5, "--previews", 2, cwd=tmp_path).code == 0
+    Image.new("RGB", (4, 4)).save(tmp_path / "o" / "holiday.png")
+    assert scripts("sample.py", *words, "--class-labels", 3, cwd=tmp_path).code == 0
+    assert files_below(tmp_path / "o") == ["00000.png", "grid.png", "holiday.png", "tokens.npz"]
+    assert Drawing.load(tmp_path / "o" / "tokens.npz").class_labels == [3]
+
+
+def test_sample_reads_yaml_and_flags_win(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "draw.yaml").write_text(
+        f"model: {pipeline_folder}\nclass_labels: [1, 2]\nnum_tokens: 3\noutput_dir: o\ntop_k: 5\nseed: 3\n"
+    )
+    done = scripts("sample.py", "--config", "draw.yaml", "--seed", 4, cwd=tmp_path)
+    assert done.code == 0, done.err
+    drawing = Drawing.load(tmp_path / "o" / "tokens.npz")
+    assert (drawing.class_labels, drawing.seeds) == ([1, 2], [4, 5])
+    expected = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")([1, 2], num_tokens=3, seed=4, top_k=5)
+    assert torch.equal(drawing.tokens, expected.tokens)
+
+
+MISTAKES: list[tuple[list[object], str]] = [
+    (["--class-names", "goldfsh"], "'goldfish'"),
+    (["--class-names", "hen", ""], "''"),
+    (["--class-labels", 6], "6"),
+    (["--class-labels", 0, -1], "-1"),
+    (["--class-labels", "hen"], "hen"),
+    (["--class-labels", 0, "--num-tokens", 0], "1..16"),
+    (["--class-labels", 0, "--num-tokens", 17], "1..16"),
+    (["--class-labels", 0, "--num-tokens", -1], "1..16"),
+    (["--class-labels", 0, "--num-tokens", 8, "--previews", 9], "1..8"),
+    (["--class-labels", 0, "--previews", 0], "1..16"),
+    (["--class-labels", 0, "--batch-size", 0], "batch_size"),
+    (["--class-labels", 0, "--samples-per-class", 0], "samples_per_class"),
+    (["--class-labels", 0, "--seed", -1], "seed"),
+    (["--class-labels", 0, 1, "--batch-size", 1, "--seed", 2**63 - 1], "seed"),
+    (["--class-labels", 0, "--temperature", "nan"], "temperature"),
+    (["--class-labels", 0, "--top-p", 0], "top_p"),
+    (["--class-labels", 0, "--top-k", -1], "top_k"),
+    (["--class-labels", 0, "--top-k", 1.5], "top"),
+    (["--class-labels", 0, "--cfg-scale", -2], "cfg_scale"),
+    (["--class-labels", 0, "--device", "gpu"], "gpu"),
+    (["--class-labels", 0, "--dtype", "float16"], "float16"),
+    (["--class-label", 0], "--class-labels"),
+    (["--temprature", 0.5], "--temperature"),
+    (["goldfish"], "goldfish"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+    (["--config", "bad.yaml"], "bad.yaml"),
+    (["--config", "list.yaml"], "list.yaml"),
+    (["--config", "unknown.yaml"], "temperature"),
+    (["--config", "typed.yaml"], "many"),
+    (["--config"], "--config"),
+    (["--output-dir", "file.txt"], "file.txt"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=[" ".join(map(str, words)) for words, _ in MISTAKES])
+def test_sample_refuses_in_one_line_and_writes_nothing(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, words: list[object], named: str
+) -> None:
+    for name, text in (
+        ("bad.yaml", "seed: [1\ntop_k: {"),
+        ("list.yaml", "- seed\n- 3\n"),
+        ("unknown.yaml", "temperatur: 3\n"),
+        ("typed.yaml", "num_tokens: many\n"),
+        ("file.txt", "not a folder"),
+    ):
+        (tmp_path / name).write_text(text)
+    before = files_below(tmp_path)
+    given = ["--model", pipeline_folder, *words]
+    line = refused(scripts("sample.py", *given, cwd=tmp_path))
+    assert named in line
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "samples").exists()
+
+
+def damage(folder: Path, how: str) -> str:
+    """Damage a copy of a model folder; returns what the message must name."""
+    weights = folder / "generator" / "model.safetensors"
+    if how == "no tokenizer":
+        shutil.rmtree(folder / "tokenizer")
+        return "tokenizer/"
+    if how == "no weights":
+        weights.unlink()
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif how == "empty weights":
+        weights.write_bytes(b"")
+    elif how == "no card":
+        (folder / "generator" / "channeltok.json").unlink()
+        return "channeltok.json"
+    elif how == "cut config":
+        config = folder / "generator" / "config.json"
+        config.write_text(config.read_text()[:40])
+        return "config.json"
+    elif how == "generator as tokenizer":
+        shutil.rmtree(folder / "tokenizer")
+        shutil.copytree(folder / "generator", folder / "tokenizer")
+        return "tokenizer"
+    elif how == "smaller config":
+        config = folder / "generator" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 32}))
+        return "mismatched"
+    elif how == "fewer layers":
+        config = folder / "generator" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+        return "unexpected"
+    elif how == "more layers":
+        config = folder / "generator" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+        return "missing"
+    else:
+        tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
+        with torch.no_grad():
+            next(tokenizer.parameters()).mul_(2)
+        save_pretrained_whole(tokenizer, folder / "tokenizer")
+        return "put the right tokenizer/"
+    return "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no tokenizer", "no weights", "cut weights", "empty weights", "no card", "cut config",
+        "generator as tokenizer", "smaller config", "fewer layers", "more layers", "other tokenizer",
+    ],
+)  # fmt: skip
+def test_sample_refuses_a_damaged_model(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, how: str) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    named = damage(tmp_path / "model", how)
+    line = refused(scripts("sample.py", "--model", "model", "--class-labels", 0, cwd=tmp_path))
+    assert named in line
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("name", ["missing", "/nowhere/at/all", "no-owner/no-model"])
+def test_sample_refuses_a_model_that_is_not_there(scripts: ScriptRunner, tmp_path: Path, name: str) -> None:
+    # HF_HUB_OFFLINE is set, so that a hub name fails without any connection
+    assert name in refused(scripts("sample.py", "--model", name, cwd=tmp_path))
+    assert files_below(tmp_path) == []
+
+
+def test_help_tells_the_flags(scripts: ScriptRunner) -> None:
+    for script, flag in (
+        ("sample.py", "--cfg_scale"),
+        ("train_ar.py", "--label_dropout"),
+        ("extract_tokens.py", "--views"),
+    ):
+        done = scripts(script, "--help")
+        assert done.code == 0, done.err
+        assert flag in done.out
+        assert done.err == ""
+
+
+def test_ctrl_c_keeps_what_has_been_drawn(scripts: ScriptRunner, slow_pipeline_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", slow_pipeline_folder, "--class-labels", 1, "--samples-per-class", 100_000, "--batch-size", 2]
+    words += ["--previews", 2, "--output-dir", "o", "--seed", 7]
+    process = subprocess.Popen(
+        scripts.command("sample.py", words), cwd=tmp_path, env=scripts.environment, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    try:
+        said = b""
+        while b"token/s" not in said:  # the bar comes up two seconds after drawing began
+            part = os.read(process.stderr.fileno(), 4096)
+            assert part, said.decode()
+            said += part
+        process.send_signal(signal.SIGINT)
+        interrupted = time.monotonic()
+        rest = process.stderr.read()
+        assert process.wait() == 0, rest.decode()
+        assert time.monotonic() - interrupted < 60
+    finally:
+        process.kill()
+    lines = (said + rest).decode().splitlines()
+    assert "Traceback" not in "".join(lines)
+    (line,) = [line for line in lines if "stopped at k" in line]
+
+    drawing = Drawing.load(tmp_path / "o" / "tokens.npz")
+    count, last = len(drawing.seeds), int(drawing.num_tokens[-1])
+    assert f"stopped at k = {last} of {C} tokens; {count} of 100000 images" in line
+    assert count >= 2
+    assert drawing.num_tokens.tolist() == [C] * (count - 2) + [last] * 2
+    assert drawing.seeds == list(range(7, 7 + count))
+    names = files_below(tmp_path / "o")
+    assert [name for name in names if name[0] == "0"] == [f"{i:05d}.png" for i in range(count)]
+    assert "grid.png" in names
+    assert "previews/00000_k0002.png" in names
+    assert not [name for name in names if "partial" in name]
+
+    # what was drawn is the start of what would have been drawn, and it can be continued
+    pipeline = ChannelTokPipeline.from_pretrained(slow_pipeline_folder, "cpu")
+    whole = pipeline([1, 1], seed=drawing.seeds[-2:]).tokens
+    begun = drawing.tokens[-2:, :last]
+    assert torch.equal(begun, whole[:, :last])
+    assert drawing.tokens[-2:, last:].sum() == 0
+    if last < C:
+        assert torch.equal(pipeline([1, 1], seed=drawing.seeds[-2:], prefix=begun).tokens, whole)
+
+
+INTERRUPT = """
+import os, signal, time, generator.generate
+real = generator.generate.draw
+calls = []
+def draw(logits, uniform, config):
+    calls.append(1)
+    if len(calls) in {when}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(logits, uniform, config)
+generator.generate.draw = draw
+"""
+
+
+@pytest.mark.parametrize(("at", "k", "count"), [(1, 1, 2), (5, 5, 2), (16, 16, 2), (19, 3, 4)])
+def test_ctrl_c_at_any_token_is_clean(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, at: int, k: int, count: int
+) -> None:
+    words = ["--model", pipeline_folder, "--class-labels", *range(5), "--batch-size", 2, "--previews", 2, 4]
+    done = scripts("sample.py", *words, before=INTERRUPT.format(when=f"({at},)"), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"stopped at k = {k} of 16 tokens; {count} of 5 images" in done.err
+    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    assert drawing.num_tokens.tolist() == ([16, 16] if count == 4 else []) + [k, k]
+    assert drawing.class_labels == list(range(count))
+    reached = [[p for p in (2, 4) if p <= length] for length in drawing.num_tokens.tolist()]
+    expected = [f"{i:05d}.png" for i in range(count)] + ["grid.png", "tokens.npz"]
+    expected += [f"previews/{i:05d}_k{p:04d}.png" for i in range(count) for p in reached[i]]
+    assert files_below(tmp_path / "samples") == sorted(expected)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    twice = INTERRUPT.format(when="(3,)").replace(kill, f"{kill}; time.sleep(0.01); {kill}; time.sleep(0.01)")
+    done = scripts("sample.py", "--model", pipeline_folder, before=twice, cwd=tmp_path)
+    assert done.code == 130, done.err
+    assert done.err == ""
+    assert files_below(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------- extract_tokens.py
+
+
+@pytest.fixture
+def images(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the pictures, one JPEG of train cut short."""
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    broken = folder / "train" / "n02" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    return folder
+
+
+def extraction(pipeline_folder: Path, images: Path, *more: object) -> list[object]:
+    words = ["--tokenizer", pipeline_folder / "tokenizer", "--data-dir", images, "--output-dir", "store"]
+    return [*words, "--shard-size", 5, "--batch-size", 2, "--num-workers", 0, "--device", "cpu", *more]
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*-*")}
+
+
+def test_extraction_leaves_out_what_is_broken_and_goes_on_where_it_stopped(
+    scripts: ScriptRunner, pipeline_folder: Path, images: Path, tiny_tokenizer: ChannelTokenizer, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"n01": "goldfish, Carassius auratus", "n03": "hen"}))
+    words = extraction(pipeline_folder, images, "--views", "flip", "--class-names", names)
+    done = scripts("extract_tokens.py", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err.count("n02/0.jpg") == 1
+    assert "1 unreadable files left out" in done.err
+
+    store = TokenStore.open(tmp_path / "store")
+    assert store.header.class_names == ["goldfish, Carassius auratus", "n02", "hen"]
+    assert store.header.split_files == {"train": 12, "val": 6}
+    rows = [len(store.read_shard("train", i)[1]) for i in range(3)]
+    assert rows == [4, 5, 2]
+    assert "n02/0.jpg" in json.loads((tmp_path / "store/train-00000.json").read_text())["left_out"][0]
+    dataset = TokenDataset(store, "train", None)
+    assert [dataset[i, 0][1] for i in range(11)] == [0] * 4 + [1] * 3 + [2] * 4
+    # the views of the first image, by the tokenizer itself
+    from_image = _tokens_of(images / "train" / "n01" / "0.jpg", tiny_tokenizer)
+    assert store.read_shard("train", 0)[0][0].tolist() == from_image
+
+    before = stamps(tmp_path / "store")
+    again = scripts("extract_tokens.py", *words, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert stamps(tmp_path / "store") == before
+
+    (tmp_path / "store" / "train-00001.json").unlink()
+    tokens = (tmp_path / "store" / "train-00001.tokens.npy").read_bytes()
+    (tmp_path / "store" / "train-00001.tokens.npy").write_bytes(b"half")
+    done = scripts("extract_tokens.py", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    after = stamps(tmp_path / "store")
+    assert {name for name in after if after[name] != before[name]} == {
+        f"train-00001.{ending}" for ending in ("json", "labels.npy", "tokens.npy")
+    }
+    assert (tmp_path / "store" / "train-00001.tokens.npy").read_bytes() == tokens
+
+
+def test_a_continued_extraction_still_counts_what_the_store_lacks(
+    scripts: ScriptRunner, pipeline_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    words = extraction(pipeline_folder, images)
+    for _ in range(2):
+        done = scripts("extract_tokens.py", *words, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert "1 unreadable files left out" in done.err
+
+
+def _tokens_of(path: Path, tokenizer: ChannelTokenizer) -> list[list[int]]:
+    """Both views of a picture, by PIL and numpy alone."""
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    small = np.array(picture.resize((32, 32), Image.Resampling.LANCZOS, box=box)).astype(np.float32)
+    image = torch.from_numpy(small / 127.5 - 1).permute(2, 0, 1)[None]
+    return [tokenizer.tokenize(view)[0].tolist() for view in (image, image.flip(-1))]
+
+
+def test_extraction_refuses_what_does_not_fit(
+    scripts: ScriptRunner, pipeline_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    line = refused(scripts("extract_tokens.py", *extraction(pipeline_folder, images, "--strict", "true"), cwd=tmp_path))
+    assert "n02/0.jpg" in line
+    (images / "train" / "n02" / "0.jpg").unlink()
+    shutil.rmtree(tmp_path / "store", ignore_errors=True)
+    done = scripts("extract_tokens.py", *extraction(pipeline_folder, images, "--strict", "true"), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "0 unreadable" in done.err
+    before = stamps(tmp_path / "store")
+
+    shutil.copytree(pipeline_folder / "tokenizer", tmp_path / "other" / "tokenizer")
+    tokenizer = ChannelTokenizer.from_pretrained(tmp_path / "other" / "tokenizer")
+    with torch.no_grad():
+        next(tokenizer.parameters()).mul_(2)
+    save_pretrained_whole(tokenizer, tmp_path / "other" / "tokenizer")
+    cases: list[tuple[list[object], str]] = [
+        (extraction(tmp_path / "other", images), "tokenizer_fingerprint"),
+        (extraction(pipeline_folder, images, "--views", "flip"), "views"),
+        (extraction(pipeline_folder, images, "--shard-size", 6), "shard_size"),
+        (extraction(pipeline_folder, images, "--batch-size", 0), "batch_size"),
+        (extraction(pipeline_folder, tmp_path / "nothing"), "nothing"),
+        (extraction(tmp_path / "nothing", images), "nothing"),
+        (extraction(pipeline_folder, images, "--class-names", "none.json"), "none.json"),
+        (extraction(pipeline_folder, images)[2:], "tokenizer"),
+    ]
+    for words, named in cases:
+        assert named in refused(scripts("extract_tokens.py", *words, cwd=tmp_path))
+        assert stamps(tmp_path / "store") == before
+
+    # another picture in the folder: the shards no longer cover the same files
+    shutil.copy(images / "val" / "n01" / "0.jpg", images / "val" / "n01" / "9.jpg")
+    line = refused(scripts("extract_tokens.py", *extraction(pipeline_folder, images), cwd=tmp_path))
+    assert "split_files" in line or "listings" in line
+    shutil.rmtree(images / "val" / "n01")
+    line = refused(scripts("extract_tokens.py", *extraction(pipeline_folder, images), cwd=tmp_path))
+    assert "train/ and val/" in line
+    assert stamps(tmp_path / "store") == before

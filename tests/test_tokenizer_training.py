@@ -1,0 +1,321 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.images import load_image
+from tokenizer import ChannelTokenizer
+from tokenizer.data import ImageDataset, collate, open_split
+
+FLAGS = [
+    *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4),
+    *("--encoder-widths", 32, 32, "--decoder-widths", 32),
+    *("--steps", 8, "--batch-size", 4, "--warmup-steps", 2, "--learning-rate", 0.002, "--ema-decay", 0.9),
+    *("--checkpoint-every", 2, "--evaluate-every", 4, "--validation-images", 4, "--entropy-group-bits", 4),
+    *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3),
+]
+
+# the process ends itself as `kill -9` would: between two steps, or with a checkpoint half written
+KILL_IN_STEP = """
+import os, signal
+from common import training
+step = training.Loop._step
+def dying(self, *arguments):
+    if self.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *arguments)
+training.Loop._step = dying
+"""
+KILL_IN_CHECKPOINT = """
+import os, signal
+from common import training
+save = training.save_tensors
+def dying(path, tensors):
+    save(path, tensors)
+    if "step-00000006" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+training.save_tensors = dying
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes, 24 pictures to train on and 6 to look at; half PNG, half JPEG. Tests change only copies."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for name in ("hen", "tench"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                picture = Image.fromarray(pixels).resize((16 + i, 20), Image.Resampling.BICUBIC)
+                picture.save(folder / split / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(scripts, data):
+    def run(output_dir, *more, data_dir=data, before=""):
+        flags = ("--data-dir", data_dir, "--output-dir", output_dir, *FLAGS, *more)
+        return scripts("train_tokenizer.py", *flags, before=before)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(folder)
+    assert (done.code, "Traceback" in done.err) == (0, False), done.err
+    return folder
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def mistake(done):
+    """The one line of a run that was refused."""
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.startswith("train_tokenizer.py: error: ")
+    return done.err
+
+
+def test_a_run_writes_model_checkpoints_pictures_and_log(unbroken):
+    assert {path.name for path in unbroken.iterdir()} == {
+        *("model.safetensors", "config.json", "checkpoints", "reconstructions", "log.jsonl"),
+    }
+    model = ChannelTokenizer.from_pretrained(unbroken)
+    assert (model.config.image_size, model.config.num_channels, model.config.num_bits) == (16, 4, 4)
+    checkpoints = sorted((unbroken / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step-00000006", "step-00000008"]  # the newest two
+    for path in checkpoints:
+        assert {file.name for file in path.iterdir()} == {"training.safetensors", "training.json"}
+    pictures = sorted((unbroken / "reconstructions").iterdir())
+    assert [path.name for path in pictures] == ["step-00000004.png", "step-00000008.png"]
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.width > 3 * 96  # k = 1, k = 4 and the original
+    records = log(unbroken)
+    evaluations = [record for record in records if "evaluation" in record]
+    assert [record["step"] for record in evaluations] == [4, 8]
+    assert {"psnr_k1", "psnr_k4", "unreadable"} == evaluations[0]["evaluation"].keys()
+    assert evaluations[0]["evaluation"]["unreadable"] == 0
+    reported = [record for record in records if "loss" in record]
+    assert reported[-1]["step"] == 8
+    assert {"l1", "token_entropy", "codebook_entropy", "commitment"} <= reported[-1].keys()
+
+
+def test_the_written_model_is_the_average_and_not_the_start(train, unbroken, tmp_path):
+    other = tmp_path / "run"
+    assert train(other, "--ema-decay", 0).code == 0
+    assert (other / "model.safetensors").read_bytes() != (unbroken / "model.safetensors").read_bytes()
+
+
+def test_another_seed_gives_another_model(train, unbroken, tmp_path):
+    assert train(tmp_path / "run", "--seed", 4).code == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != (unbroken / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kill", "resumed_from", "workers"), [(KILL_IN_STEP, 4, 0), (KILL_IN_CHECKPOINT, 4, 1)], ids=["step", "checkpoint"]
+)
+def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(
+    train, unbroken, tmp_path, kill, resumed_from, workers
+):
+    folder = tmp_path / "run"
+    assert train(folder, before=kill).code == -9
+    whole = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
+    assert max(whole) == f"step-{resumed_from:08d}"
+    done = train(folder, "--resume", "--num-workers", workers)
+    assert done.code == 0, done.err
+    assert f"resumed at step {resumed_from} of 8" in done.err
+    for name in (
+        "model.safetensors",
+        "log.jsonl",
+        "reconstructions/step-00000008.png",
+        "checkpoints/step-00000008/training.safetensors",
+    ):
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+@pytest.fixture
+def halted(train, tmp_path):
+    """A run that was killed after its checkpoint of step 4."""
+    folder = tmp_path / "run"
+    assert train(folder, before=KILL_IN_STEP).code == -9
+    return folder
+
+
+def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(train, halted, unbroken):
+    with (halted / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "learning_ra')
+    done = train(halted, "--resume")
+    assert done.code == 0, done.err
+    assert log(halted) == log(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [("--learning-rate", 0.001, "learning_rate"), ("--seed", 4, "seed"), ("--num-bits", 5, "model"),
+     ("--l2-weight", 2, "loss"), ("--mask-probability", 0.25, "tail_drop")],
+)  # fmt: skip
+def test_a_resume_with_other_settings_is_refused(train, unbroken, flag, value, named):
+    before = everything(unbroken)
+    line = mistake(train(unbroken, "--resume", flag, value))
+    assert f"with {named} = " in line
+    assert everything(unbroken) == before
+
+
+def test_a_resume_with_other_images_is_refused(train, data, tmp_path):
+    pictures, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, pictures)
+    assert train(folder, data_dir=pictures, before=KILL_IN_STEP).code == -9
+    (pictures / "train" / "hen" / "00.jpg").unlink()
+    before = everything(folder)
+    assert "with images = " in mistake(train(folder, "--resume", data_dir=pictures))
+    assert everything(folder) == before
+
+
+def test_a_resume_of_a_run_that_is_complete_changes_nothing(train, unbroken):
+    before = everything(unbroken)
+    done = train(unbroken, "--resume")
+    assert done.code == 0, done.err
+    assert everything(unbroken) == before
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(train, unbroken):
+    before = everything(unbroken)
+    assert "--resume" in mistake(train(unbroken))
+    assert everything(unbroken) == before
+
+
+def test_a_resume_without_a_checkpoint_is_refused(train, tmp_path):
+    assert str(tmp_path / "new") in mistake(train(tmp_path / "new", "--resume"))
+    assert everything(tmp_path) == {}
+
+
+def test_a_damaged_checkpoint_is_refused(train, halted):
+    weights = halted / "checkpoints" / "step-00000004" / "training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert str(weights) in mistake(train(halted, "--resume"))
+
+
+@pytest.mark.parametrize("missing", ["", "train", "val"])
+def test_a_missing_folder_is_refused(train, data, tmp_path, missing):
+    if missing:
+        shutil.copytree(data, tmp_path / "data")
+        shutil.rmtree(tmp_path / "data" / missing)
+    line = mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
+    assert str(tmp_path / "data" / (missing or "train")) in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("content", [None, "notes.txt"])
+def test_an_empty_class_folder_is_refused(train, data, tmp_path, split, content):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / split / "empty").mkdir()
+    if content:
+        (tmp_path / "data" / split / "empty" / content).write_text("no picture")
+    assert "empty" in mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [("--steps", 0, "steps"), ("--learning-rate", -1, "learning_rate"), ("--ema-decay", 1, "ema_decay"),
+     ("--num-bits", 17, "num_bits"), ("--mask-probability", 2, "mask_probability"), ("--l1-weight", 0, "l1_weight"),
+     ("--validation-images", 0, "validation_images"), ("--learning-rat", 1, "--learning-rate")],
+)  # fmt: skip
+def test_settings_that_cannot_be_used_are_refused(train, tmp_path, flag, value, named):
+    assert named in mistake(train(tmp_path / "out", flag, value))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """A copy of the pictures with one truncated JPEG in each split."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(data, folder)
+    for path in (folder / "train" / "hen" / "02.jpg", folder / "val" / "tench" / "00.jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_images_are_named_once_counted_and_skipped(train, damaged, tmp_path, workers):
+    done = train(
+        tmp_path / "out", "--num-workers", workers, "--validation-images", 6, "--steps", 14, data_dir=damaged
+    )  # two epochs and more
+    assert done.code == 0, done.err
+    assert ChannelTokenizer.from_pretrained(tmp_path / "out").config.num_channels == 4
+    for path in ("train/hen/02.jpg", "val/tench/00.jpg"):
+        assert done.err.count(f"skipped unreadable image {damaged / path}") == 1
+    last = [record for record in log(tmp_path / "out") if "evaluation" in record][-1]
+    assert last["evaluation"]["unreadable"] == 2
+
+
+def test_a_truncated_image_is_an_error_if_strict(train, damaged, tmp_path):
+    done = train(tmp_path / "out", "--strict", "true", data_dir=damaged)
+    assert done.code == 2, done.err
+    lines = [line for line in done.err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "02.jpg" in lines[0] or "00.jpg" in lines[0]
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_folder_without_one_readable_image_is_an_error(train, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "train").rglob("*.*"):
+        path.write_bytes(b"no image")
+    done = train(tmp_path / "out", data_dir=tmp_path / "data")
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err
+    assert str(tmp_path / "data" / "train") in done.err.splitlines()[-1]
+
+
+def test_an_unreadable_image_is_replaced_in_training_and_left_out_otherwise(damaged):
+    folder = open_split(damaged / "train", "")
+    assert folder.classes == ["hen", "tench"]
+    kept = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=True)
+    batch = collate([kept[1, 0], kept[2, 0], kept[12, 0]])
+    expected = [load_image(damaged / "train" / name, 16) for name in ("hen/01.png", "hen/03.png", "tench/00.jpg")]
+    assert torch.equal(batch.images, torch.stack(expected))
+    assert batch.labels.tolist() == [0, 0, 1]
+    assert [str(damaged / "train" / "hen" / "02.jpg") in line for line in batch.unreadable] == [True]
+    left_out = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=False)
+    batch = collate([left_out[2, 0], left_out[12, 0]])
+    assert torch.equal(batch.images, expected[2][None])
+    assert batch.labels.tolist() == [1]
+    assert len(batch.unreadable) == 1
+
+
+def test_mirroring_hangs_on_seed_index_and_epoch_alone(data):
+    folder = open_split(data, "train")
+    plain = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=True)
+
+    def mirrored(seed, keys):
+        flipped = ImageDataset(folder, 16, flip_seed=seed, replace_unreadable=True)
+        found = []
+        for key in keys:
+            image, straight = flipped[key].image, plain[key].image
+            found.append(torch.equal(image, straight.flip(-1)))
+            assert found[-1] or torch.equal(image, straight)
+        return found
+
+    keys = [(i, epoch) for epoch in range(3) for i in range(24)]
+    once = mirrored(0, keys)
+    assert mirrored(0, keys[::-1])[::-1] == once
+    assert mirrored(1, keys) != once
+    assert once[:24] != once[24:48]
+    assert 0.25 < sum(once) / len(once) < 0.75
