@@ -26,6 +26,9 @@ WEIGHTS_FILE = "model.safetensors"
 M = TypeVar("M", bound=PreTrainedModel)
 
 
+READABLE = 0o644  # safetensors makes its files readable by their owner alone
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -46,6 +49,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         yield temporary
+        temporary.chmod(READABLE)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -164,6 +168,15 @@ def fingerprint(model: nn.Module) -> str:
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
+def files_fingerprint(folder: str | Path) -> str:
+    """16 hexadecimal digits that stand for the weight files of a folder, in whatever format they are loaded."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def resolve_folder(name_or_path: str | Path, **hub_options: Any) -> Path:
     """A local folder as it is; otherwise a model of that name is fetched from the Hugging Face hub.
 
@@ -239,6 +252,7 @@ def save_pretrained_whole(model: PreTrainedModel, folder: str | Path) -> None:
             model.save_pretrained(temporary)
         files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == WEIGHTS_FILE)
         for file in files:
+            file.chmod(READABLE)
             _sync(file)
             file.replace(folder / file.name)
     _sync(folder)

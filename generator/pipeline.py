@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import fingerprint, resolve_folder
+from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
 from common.errors import InputError
 from common.images import to_pil, to_uint8
 from common.runtime import move, pick_device
@@ -96,7 +96,7 @@ class ChannelTokPipeline:
                 f"{folder}: the generator was trained on tokens of tokenizer {layout.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
-        model_fingerprint = f"{made_by}-{fingerprint(model)}"
+        model_fingerprint = f"{made_by}-{files_fingerprint(folder / 'generator')}"
         decoder = CachedDecoder.from_llama(move(model, target), layout)
         return cls(move(tokenizer, target), decoder, model_fingerprint)
 

@@ -283,3 +283,10 @@ def test_a_full_disk_while_a_model_is_saved_keeps_the_old_model(full_disk, capsy
     assert "Traceback" not in line
     assert (full_disk / "model" / "model.safetensors").read_bytes() == b"old"
     assert not [path for path in (full_disk / "model").iterdir() if path.name.startswith(".")]
+
+
+def test_saved_weights_can_be_read_by_other_users(tmp_path, tiny_tokenizer):
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    save_pretrained_whole(tiny_tokenizer, tmp_path / "model")
+    for path in tmp_path.rglob("*.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644

@@ -169,3 +169,8 @@ def test_another_tokenizer_is_refused(pipeline_folder: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="tokenizer") as caught:
         ChannelTokPipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_is_of_the_files_and_not_of_the_number_format(pipeline, pipeline_folder):
+    loaded = ChannelTokPipeline.from_pretrained(pipeline_folder, device="cpu", dtype=torch.bfloat16)
+    assert loaded.fingerprint == pipeline.fingerprint
