@@ -73,7 +73,9 @@ def test_sample_writes_what_it_promises(scripts: ScriptRunner, pipeline_folder: 
             (f"previews/0000{i}_k0004.png", sketch.images[i]),
         ):
             with Image.open(out / name) as found:
-                assert found.convert("RGB").tobytes() == picture.tobytes(), name
+                # batches of other sizes may round a pixel to the other side of a grey level
+                apart = np.asarray(found.convert("RGB")).astype(int) - np.asarray(picture).astype(int)
+                assert np.abs(apart).max() <= 1, name
 
 
 def test_sample_without_classes_shows_some_at_growing_k(
