@@ -21,6 +21,7 @@ from common.checkpoint import written_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png
 from common.runtime import StopOnInterrupt
+from generator.config import TokenLayout
 from generator.pipeline import ChannelTokPipeline, decode_pictures
 from generator.sampling import SamplingConfig
 
@@ -83,10 +84,13 @@ class DrawingRequest:
     batch_size: int
     previews: list[int] = field(default_factory=list)
 
-    def check(self, num_channels: int) -> None:
-        """Refuse what the stream itself does not look at."""
-        if not 1 <= self.num_tokens <= num_channels:
-            raise InputError(f"num_tokens is {self.num_tokens}; this model draws 1..{num_channels}")
+    def check(self, layout: TokenLayout) -> None:
+        """Refuse what cannot be drawn; here the null label is a mistake too."""
+        for label in self.class_labels:
+            if not 0 <= label < layout.num_classes:
+                raise InputError(f"class label {label} is out of range; allowed are 0..{layout.num_classes - 1}")
+        if not 1 <= self.num_tokens <= layout.num_channels:
+            raise InputError(f"num_tokens is {self.num_tokens}; this model draws 1..{layout.num_channels}")
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; it must be at least 1")
         for k in self.previews:
@@ -129,8 +133,7 @@ def draw_to_folder(pipeline: ChannelTokPipeline, request: DrawingRequest, output
     Raises:
         InputError: a request that the model cannot serve; nothing is written or removed then.
     """
-    request.check(pipeline.layout.num_channels)
-    pipeline.layout.check_labels(torch.tensor(request.class_labels))
+    request.check(pipeline.layout)
     output_dir = Path(output_dir)
     total = len(request.class_labels)
     batches: list[_Batch] = []
@@ -197,8 +200,7 @@ def _grid(
     """With previews: a row for each image, a column for each k. Without: a row for each class."""
 
     def name(label: int) -> str:
-        names = [*pipeline.layout.class_names, "no class"]
-        return names[label].split(",")[0][:22]
+        return pipeline.layout.class_names[label].split(",")[0][:22]
 
     if columns:
         # after Ctrl-C the last batch may not have come to every preview

@@ -98,7 +98,7 @@ def test_sample_again_replaces_the_earlier_pictures_and_nothing_else(
     scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
 ) -> None:
     words = ["--model", pipeline_folder, "--output-dir", "o", "--num-tokens", 4]
-    assert scripts("sample.py", *words, "--class-labels", 0, 1, 5, "--previews", 2, cwd=tmp_path).code == 0
+    assert scripts("sample.py", *words, "--class-labels", 0, 1, 4, "--previews", 2, cwd=tmp_path).code == 0
     Image.new("RGB", (4, 4)).save(tmp_path / "o" / "holiday.png")
     assert scripts("sample.py", *words, "--class-labels", 3, cwd=tmp_path).code == 0
     assert files_below(tmp_path / "o") == ["00000.png", "grid.png", "holiday.png", "tokens.npz"]
@@ -120,7 +120,7 @@ def test_sample_reads_yaml_and_flags_win(scripts: ScriptRunner, pipeline_folder:
 MISTAKES: list[tuple[list[object], str]] = [
     (["--class-names", "goldfsh"], "'goldfish'"),
     (["--class-names", "hen", ""], "''"),
-    (["--class-labels", 6], "6"),
+    (["--class-labels", 5], "0..4"),
     (["--class-labels", 0, -1], "-1"),
     (["--class-labels", "hen"], "hen"),
     (["--class-labels", 0, "--num-tokens", 0], "1..16"),
