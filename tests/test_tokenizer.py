@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
-from tokenizer import ChannelTokenizer, TokenizerConfig
+from tokenizer import ChannelTokenizer, TokenizerConfig, swap_channels
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
@@ -339,3 +339,41 @@ def test_a_saved_folder_survives_a_copy(folder, tmp_path, images, tokenizer):
     shutil.rmtree(folder)
     copied = ChannelTokenizer.from_pretrained(tmp_path / "elsewhere")
     assert torch.equal(copied.tokenize(images), tokenizer.tokenize(images))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 8), (0, 1), (7, 8), (2, 5)])
+def test_swapping_exchanges_these_channels_and_no_others(start, end):
+    first, second = torch.arange(16).reshape(2, 8), torch.arange(100, 116).reshape(2, 8)
+    before = first.clone(), second.clone()
+    mixed, other = swap_channels(first, second, start, end)
+    for channel in range(8):
+        inside = start <= channel < end
+        assert torch.equal(mixed[:, channel], before[1 if inside else 0][:, channel])
+        assert torch.equal(other[:, channel], before[0 if inside else 1][:, channel])
+    assert torch.equal(first, before[0])
+    assert torch.equal(second, before[1])
+    again = swap_channels(mixed, other, start, end)
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+
+
+def test_swapping_all_channels_exchanges_the_pictures(tokenizer, images):
+    tokens = tokenizer.tokenize(images)
+    mixed, other = swap_channels(tokens[:1], tokens[1:2], 0, 8)
+    assert torch.equal(tokenizer.detokenize(mixed), tokenizer.detokenize(tokens[1:2]))
+    assert torch.equal(tokenizer.detokenize(other), tokenizer.detokenize(tokens[:1]))
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, 4), (4, 4), (5, 4), (0, 9), (8, 9)])
+def test_swapping_outside_the_channels_is_refused(start, end):
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    message = refusal(swap_channels, tokens, tokens, start, end)
+    assert f"{start}..{end}" in message
+    assert "<= 8" in message
+
+
+@pytest.mark.parametrize("shapes", [((2, 8), (2, 7)), ((2, 8), (1, 8)), ((8,), (8,)), ((2, 8), (8,))])
+def test_swapping_between_unlike_shapes_is_refused(shapes):
+    message = refusal(swap_channels, *(torch.zeros(shape, dtype=torch.int64) for shape in shapes), 0, 4)
+    assert str(shapes[0]) in message
+    assert str(shapes[1]) in message

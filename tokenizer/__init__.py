@@ -1,6 +1,7 @@
 """The frozen tokenizer: every latent channel of an image is one token."""
 
 from tokenizer.config import TokenizerConfig
-from tokenizer.tokenizer import ChannelTokenizer
+from tokenizer.decoding import PendingPictures, PictureDecoder
+from tokenizer.tokenizer import ChannelTokenizer, swap_channels
 
-__all__ = ["ChannelTokenizer", "TokenizerConfig"]
+__all__ = ["ChannelTokenizer", "PendingPictures", "PictureDecoder", "TokenizerConfig", "swap_channels"]

@@ -34,6 +34,34 @@ class TrainingOutput:
     quantization: QuantizationLosses
 
 
+def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Exchange channels start..end-1 between the tokens of two images, or of two batches, row by row.
+
+    Early channels carry layout and colours, later ones detail, so this mixes two pictures by scale.
+
+    Args:
+        first: tokens (b k).
+        second: tokens (b k), of the same shape.
+        start: the first channel that is exchanged, 0 <= start < end.
+        end: the channel at which the exchange ends, not itself exchanged, end <= k.
+
+    Returns:
+        Both with the exchange made, (b k) each; the arguments stay as they are.
+
+    Raises:
+        InputError: shapes that differ or are not (b k), or a range outside 0..k.
+    """
+    if first.ndim != 2 or first.shape != second.shape:
+        raise InputError(f"tokens are {tuple(first.shape)} and {tuple(second.shape)}; both must be (b, k), alike")
+    if not 0 <= start < end <= first.shape[1]:
+        raise InputError(
+            f"channels {start}..{end} cannot be exchanged; give 0 <= start < end <= {first.shape[1]} (end excluded)"
+        )
+    channel = torch.arange(first.shape[1], device=first.device)
+    swapped = (channel >= start) & (channel < end)
+    return torch.where(swapped, second, first), torch.where(swapped, first, second)
+
+
 class ChannelTokenizer(PreTrainedModel):
     """Autoencoder whose latent channels are binary tokens, ordered coarse to fine.
 
@@ -110,7 +138,7 @@ class ChannelTokenizer(PreTrainedModel):
         padded = F.pad(tokens, (0, channels - tokens.shape[1]))
         latents = self.quantizer.to_latents(unpack_bits(padded, self.config.num_bits))
         if num_tokens is None:
-            num_tokens = torch.full(tokens.shape[:1], tokens.shape[1])
+            num_tokens = torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
         elif num_tokens.shape != tokens.shape[:1] or not ((num_tokens >= 1) & (num_tokens <= tokens.shape[1])).all():
             raise InputError(
                 f"num_tokens is {num_tokens.tolist()}; give one length in 1..{tokens.shape[1]} for each row"

@@ -1,0 +1,307 @@
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import InputError
+from common.images import to_uint8
+from common.runtime import has_fast_bfloat16, move
+from tokenizer import ChannelTokenizer, PictureDecoder, TokenizerConfig
+from tokenizer.decoding import WinogradConv2d
+
+DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo" / "tokenizer"
+
+
+def random_tokens(tokenizer, count, seed=0):
+    config = tokenizer.config
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(config.codebook_size, (count, config.num_channels), generator=rng)
+
+
+def plain(tokenizer, tokens, num_tokens=None):
+    return to_uint8(tokenizer.detokenize(tokens.to(tokenizer.device), num_tokens)).cpu()
+
+
+def levels(images, others):
+    """Grey levels between two uint8 pictures, each value's own."""
+    return (images.cpu().int() - others.cpu().int()).abs()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    """The tiny one with its last layer scaled up, so that pictures use all grey levels."""
+    model = copy.deepcopy(tiny_tokenizer)
+    with torch.no_grad():
+        model.decoder.trunk[-1].weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def large_maps():
+    """64 x 64 pixels without patches: its decoder has maps of 32 and 64, for which Winograd's way is taken."""
+    config = TokenizerConfig(
+        image_size=64, num_channels=16, encoder_widths=[32] * 5, decoder_widths=[64, 96, 64], num_bits=8, num_heads=4
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = ChannelTokenizer(config).eval()
+        model.decoder.trunk[-1].weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return ChannelTokenizer.from_pretrained(DEMO)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "large_maps", "demo"])
+@pytest.mark.parametrize("k", [1, 7, 16])
+def test_pictures_are_those_of_the_tokenizer(request, name, k):
+    model = request.getfixturevalue(name)
+    tokens = random_tokens(model, 3)[:, :k]
+    images = PictureDecoder(model, dtype=torch.float32)(tokens)
+    assert images.dtype == torch.uint8
+    expected = plain(model, tokens)
+    assert expected.float().std() > 10
+    assert levels(images, expected).max() <= 1
+    # other sums, so a value may fall to the other side of a rounding boundary, but rarely
+    assert (images != expected).float().mean() < 0.002
+
+
+def test_every_row_may_have_its_own_length(tokenizer):
+    tokens, lengths = random_tokens(tokenizer, 3), torch.tensor([1, 16, 5])
+    images = PictureDecoder(tokenizer, dtype=torch.float32)(tokens, lengths)
+    assert levels(images, plain(tokenizer, tokens, lengths)).max() <= 1
+    for row, length in enumerate(lengths):
+        assert levels(images[row], plain(tokenizer, tokens[row : row + 1, :length])[0]).max() <= 1
+
+
+@pytest.mark.parametrize("num_tokens", [None, torch.tensor([3, 16])])
+def test_pending_pictures_are_a_snapshot_and_decoded_once(tokenizer, num_tokens):
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    tokens = random_tokens(tokenizer, 2)
+    lengths = None if num_tokens is None else num_tokens.clone()
+    expected = plain(tokenizer, tokens, lengths)
+    pending = decoder.start(tokens, lengths)
+    tokens.zero_()
+    if lengths is not None:
+        lengths.fill_(1)
+    images = pending.images()
+    assert images.device.type == "cpu"
+    assert levels(images, expected).max() <= 1
+    assert pending.images() is images
+
+
+def test_pending_pictures_wait_until_they_are_asked_for(tokenizer, monkeypatch):
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    calls = []
+    monkeypatch.setattr(decoder, "_decode", lambda latents: calls.append(len(latents)) or tokenizer.decode(latents))
+    pending = decoder.start(random_tokens(tokenizer, 2))
+    assert calls == ([] if decoder.device.type != "cuda" else [2])
+    pending.images()
+    pending.images()
+    assert calls == [2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens"), [((2, 0), None), ((2, 17), None), ((16,), None), ((2, 4), [1, 5]), ((2, 4), [0, 4])]
+)
+def test_tokens_that_cannot_be_decoded_are_refused_at_once(tokenizer, shape, num_tokens):
+    decoder = PictureDecoder(tokenizer)
+    arguments = (torch.zeros(shape, dtype=torch.int64), None if num_tokens is None else torch.tensor(num_tokens))
+    for action in (decoder, decoder.start):
+        with pytest.raises(InputError):
+            action(*arguments)
+
+
+def test_an_unknown_dtype_is_refused(tokenizer):
+    with pytest.raises(InputError, match="float16"):
+        PictureDecoder(tokenizer, dtype=torch.float16)
+
+
+def test_the_default_dtype_follows_the_hardware(tokenizer):
+    fast = has_fast_bfloat16(tokenizer.device)
+    assert PictureDecoder(tokenizer).dtype == (torch.bfloat16 if fast else torch.float32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("large_maps", torch.float32), ("tokenizer", torch.bfloat16)])
+def test_the_tokenizer_is_left_alone(request, name, dtype):
+    model = request.getfixturevalue(name)
+    modules = [type(module) for module in model.modules()]
+    state = {key: (value.clone(), value.stride()) for key, value in model.state_dict().items()}
+    PictureDecoder(model, dtype=dtype)(random_tokens(model, 1))
+    assert [type(module) for module in model.modules()] == modules
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert value.stride() == state[key][1]
+        assert torch.equal(value, state[key][0])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_compiled_pictures_are_the_same():
+    # without upsampling and attention all blocks are alike, which compiles in a third of the time
+    shape = {"image_size": 32, "patch_size": 2, "latent_size": 16, "encoder_widths": [32, 32], "decoder_widths": [32]}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = ChannelTokenizer(TokenizerConfig(**shape, num_channels=16, middle_attention=False))
+        model.decoder.trunk[-1].weight.mul_(20)
+    tokens = random_tokens(model, 2)
+    decoder = PictureDecoder(model, dtype=torch.float32, compile=True)
+    assert isinstance(decoder._decode, torch._dynamo.OptimizedModule)
+    assert levels(decoder(tokens), plain(model, tokens)).max() <= 1
+
+
+def test_compiling_without_a_compiler_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    if tokenizer.device.type == "cpu":
+        with pytest.raises(InputError, match="compiler"):
+            PictureDecoder(tokenizer, compile=True)
+
+
+def test_bfloat16_is_within_a_grey_level_on_average(demo):
+    pixels = torch.nn.functional.interpolate(
+        torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1, size=64, mode="bicubic"
+    )
+    tokens = demo.tokenize(pixels.clamp(-1, 1))
+    decoder = PictureDecoder(demo, dtype=torch.bfloat16)
+    for k in (4, 64):
+        difference = levels(decoder(tokens[:, :k]), plain(demo, tokens[:, :k])).float()
+        assert 0 < difference.mean() < 1
+
+
+def test_large_batches_are_decoded_in_parts(tokenizer, monkeypatch):
+    monkeypatch.setattr("tokenizer.decoding.PIXELS_AT_ONCE", 2 * 32 * 32)
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    tokens = random_tokens(tokenizer, 5)
+    lengths = torch.tensor([16, 2, 9, 1, 4])
+    sizes = []
+    monkeypatch.setattr(decoder, "_decode", lambda latents: sizes.append(len(latents)) or tokenizer.decode(latents))
+    assert levels(decoder(tokens, lengths), plain(tokenizer, tokens, lengths)).max() <= 1
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes"),
+    ],
+)
+def test_running_out_of_memory_halves_the_parts_and_is_said_once(tokenizer, monkeypatch, caplog, error):
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    sizes = []
+
+    def small_machine(latents):
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise error
+        return tokenizer.decode(latents)
+
+    monkeypatch.setattr(decoder, "_decode", small_machine)
+    tokens = random_tokens(tokenizer, 9)
+    expected = plain(tokenizer, tokens)
+    with caplog.at_level(logging.WARNING, logger="tokenizer"):
+        assert levels(decoder(tokens), expected).max() <= 1
+        assert sizes == [9, 4, 2, 2, 2, 2, 1]
+        sizes.clear()
+        assert levels(decoder(tokens), expected).max() <= 1
+    assert sizes == [2, 2, 2, 2, 1]  # it has learned what fits
+    assert len(caplog.records) == 1
+
+
+def test_a_machine_without_memory_for_one_picture_is_told_so(tokenizer, monkeypatch):
+    def no_memory(latents):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    monkeypatch.setattr(decoder, "_decode", no_memory)
+    with pytest.raises(InputError, match="32x32"):
+        decoder(random_tokens(tokenizer, 3))
+
+
+def test_other_errors_pass_through(tokenizer, monkeypatch):
+    def broken(latents):
+        raise RuntimeError("unsupported memory format option")
+
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    monkeypatch.setattr(decoder, "_decode", broken)
+    with pytest.raises(RuntimeError, match="memory format"):
+        decoder(random_tokens(tokenizer, 3))
+
+
+def test_seconds_are_measured_once_for_each_batch_size(tokenizer, monkeypatch):
+    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
+    calls = []
+    monkeypatch.setattr(decoder, "_decode", lambda latents: calls.append(len(latents)) or tokenizer.decode(latents))
+    seconds = decoder.seconds(2)
+    assert 0 < seconds < 10
+    assert set(calls) == {2}
+    count = len(calls)
+    assert count >= 3  # the first one only warms up
+    assert decoder.seconds(2) == seconds
+    assert len(calls) == count
+    decoder.seconds(1)
+    assert len(calls) > count
+    with pytest.raises(InputError, match="batch_size"):
+        decoder.seconds(0)
+
+
+@pytest.mark.parametrize("doubling", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 64, 32, 48), (3, 5, 64, 8)])
+def test_winograd_is_the_convolution(monkeypatch, shape, doubling):
+    monkeypatch.setattr("tokenizer.decoding.WINOGRAD_NUMBERS", 6000)  # several strips, the last one shorter
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=rng)
+    conv = nn.Conv2d(shape[1], 7, 3, padding=1)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+        found = WinogradConv2d(conv, doubling=doubling)(x)
+        exact = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubling else x
+        exact = F.conv2d(exact.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert found.shape == exact.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_winograd_is_taken_for_large_maps_only(large_maps, tokenizer):
+    def winograd_layers(model, dtype):
+        layers = PictureDecoder(model, dtype=dtype)._decode.modules()
+        return [layer.weight.shape[2] for layer in layers if isinstance(layer, WinogradConv2d)]
+
+    # maps of 32: upsampling, then 64 -> 96 -> 96 -> 96; of 64: upsampling, then 96 -> 64 -> 64 -> 64
+    assert winograd_layers(large_maps, torch.float32) == [64, *[96] * 7, *[64] * 6]
+    assert winograd_layers(large_maps, torch.bfloat16) == []
+    assert winograd_layers(tokenizer, torch.float32) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_are_decoded_beside_other_work_on_cuda(large_maps, dtype):
+    model = move(copy.deepcopy(large_maps), torch.device("cuda"))
+    decoder = PictureDecoder(model, dtype=dtype)
+    tokens = [random_tokens(model, 8, seed).to(model.device) for seed in range(6)]
+    expected = [decoder(entry).cpu() for entry in tokens]
+    for entry, reference in zip(tokens, expected, strict=True):
+        assert levels(reference, plain(model, entry)).float().mean() < 1
+    decoder.start(tokens[0]).images()
+    busy = torch.randn(4096, 4096, device=model.device)
+    pending = []
+    for entry in tokens:
+        busy = (busy @ busy).clamp(-1, 1)  # work of the current stream before and after each
+        pending.append(decoder.start(entry))
+        entry.zero_()
+        torch.zeros_like(entry).fill_(1)  # asks for memory that a careless start() would have let go
+        busy = (busy @ busy).clamp(-1, 1)
+    for entry, reference in zip(pending, expected, strict=True):
+        images = entry.images()
+        assert images.is_pinned()
+        assert levels(images, reference).max() <= 1
+    ragged = torch.tensor([1, 16, 3, 9, 2, 4, 8, 5])
+    images = decoder.start(random_tokens(model, 8), ragged).images()
+    assert levels(images, decoder(random_tokens(model, 8), ragged)).max() <= 1

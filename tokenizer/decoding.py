@@ -1,0 +1,268 @@
+"""Tokens to pictures as fast as the machine allows, over the weights of a `ChannelTokenizer`.
+
+What was measured, and how far it is from the arithmetic limit of a machine: docs/performance.md.
+"""
+
+import copy
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common.errors import InputError
+from common.images import to_uint8
+from common.runtime import DTYPES, check_can_compile, has_fast_bfloat16, is_out_of_memory
+from tokenizer.autoencoder import Decoder
+from tokenizer.layers import ResidualBlock, Upsample
+from tokenizer.tokenizer import ChannelTokenizer
+
+logger = logging.getLogger(__name__)
+
+PIXELS_AT_ONCE = 2**19  # decoded in one go: 8 images of 256 x 256, about 1 GB in float32
+WINOGRAD_SIZE = 32  # smaller maps gain nothing: their weights grow fourfold and are read once
+WINOGRAD_WIDTH = 64  # nor do narrow ones: the transforms outweigh the products
+WINOGRAD_NUMBERS = 2**16  # of one position of all tiles in a strip; a strip's buffers then stay in the cache
+
+# Winograd's F(4 x 4, 3 x 3) after Lavin and Gray, 2015, arXiv 1509.09308, section 4.3: input, kernel and output
+INPUT_TRANSFORM = [
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+]
+KERNEL_TRANSFORM = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # in 24ths
+OUTPUT_TRANSFORM = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+DOUBLING = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+class WinogradConv2d(nn.Module):
+    """A 3x3 convolution of stride 1 and padding 1 with a quarter of the products: (b in h w) -> (b out h w).
+
+    For CPUs, in float32; equal to the convolution but for rounding (a relative 1e-5). h and w are multiples of 4.
+    With `doubling` the map is first doubled by nearest neighbour, (b out 2h 2w) from even h and w: a 6x6 tile
+    of the doubled map holds only 4x4 different numbers, so that the doubling becomes part of the input transform.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, doubling: bool = False):
+        super().__init__()
+        kernel = torch.tensor(KERNEL_TRANSFORM, dtype=torch.float64) / 24
+        weight = torch.einsum("yi,xj,ocij->yxco", kernel, kernel, conv.weight.detach().double())
+        self.weight = nn.Buffer(rearrange(weight, "y x c o -> (y x) c o").float().contiguous())
+        self.bias = cast(Tensor, conv.bias)  # every convolution of the decoder has one
+        before = torch.tensor(INPUT_TRANSFORM, dtype=torch.float32)
+        self.before = nn.Buffer(before @ torch.tensor(DOUBLING, dtype=torch.float32) if doubling else before)
+        self.after = nn.Buffer(torch.tensor(OUTPUT_TRANSFORM, dtype=torch.float32))
+        self.tile, self.step = (4, 2) if doubling else (6, 4)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Strip by strip of tiles; see the class for shapes."""
+        x = rearrange(x, "b c h w -> b h w c").contiguous()
+        batch, height, width, channels = x.shape
+        rows, columns, out_channels = height // self.step, width // self.step, self.weight.shape[2]
+        output = x.new_empty(batch, rows, 4, columns, 4, out_channels)
+        at_once = max(1, WINOGRAD_NUMBERS // (batch * columns * max(channels, out_channels)))
+        for top in range(0, rows, at_once):
+            end = min(top + at_once, rows)
+            above, below = int(top == 0), int(end == rows)  # whether the strip needs a row of zeros there
+            strip = x[:, top * self.step - 1 + above : end * self.step + 1 - below]
+            strip = F.pad(strip, (0, 0, 1, 1, above, below))
+            tiles = strip.unfold(1, self.tile, self.step).unfold(2, self.tile, self.step)
+            mixed = self._both_ways(self.before, rearrange(tiles, "b i j c y x -> y (x b i j c)"))
+            products = torch.bmm(mixed.view(36, -1, channels), self.weight)
+            pixels = self._both_ways(self.after, products.view(6, -1)).view(4, 4, batch, -1, columns, out_channels)
+            torch.add(rearrange(pixels, "p q b i j o -> b i p j q o"), self.bias, out=output[:, top:end])
+        # height and width are put together before the axes move, or torch loses sight of the channels_last layout
+        return rearrange(rearrange(output, "b i p j q o -> b (i p) (j q) o"), "b h w o -> b o h w")
+
+    @staticmethod
+    def _both_ways(matrix: Tensor, tiles: Tensor) -> Tensor:
+        """Apply a matrix (m t) to the rows and to the columns of tiles (t, t * n): (m m n)."""
+        size, tile = matrix.shape
+        half = torch.mm(matrix, tiles).view(size, tile, -1)
+        return torch.bmm(matrix.expand(size, size, tile), half)
+
+
+class _WinogradBlock(nn.Module):
+    """`ResidualBlock` on Winograd's convolutions; in place where it can be, for fresh memory is dear on a CPU."""
+
+    def __init__(self, block: ResidualBlock):
+        super().__init__()
+        self.norm1, self.norm2, self.shortcut = block.norm1, block.norm2, block.shortcut
+        self.conv1, self.conv2 = WinogradConv2d(block.conv1), WinogradConv2d(block.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
+        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        return hidden.add_(self.shortcut(x))
+
+
+def _use_winograd(decoder: Decoder, size: int) -> None:
+    """Exchange, in place, the layers of a decoder of latents (b c size size) for which Winograd's way is faster."""
+    for i, layer in enumerate(decoder.trunk):
+        size *= 2 if isinstance(layer, Upsample) else 1
+        if size < WINOGRAD_SIZE or size % 4:
+            continue
+        if isinstance(layer, ResidualBlock) and layer.conv1.in_channels >= WINOGRAD_WIDTH <= layer.conv1.out_channels:
+            decoder.trunk[i] = _WinogradBlock(layer)
+        elif isinstance(layer, Upsample) and layer.conv.in_channels >= WINOGRAD_WIDTH:
+            decoder.trunk[i] = nn.Sequential(WinogradConv2d(layer.conv, doubling=True), nn.SiLU(inplace=True))
+
+
+def _fastest_layout(tokenizer: ChannelTokenizer, dtype: torch.dtype) -> Decoder:
+    """The tokenizer's decoder as the device likes it best; the tokenizer's own where that is the same.
+
+    channels_last is what convolutions want. GroupNorm does not: in bfloat16 on a CPU it costs more than it gains
+    (docs/lab.md), and Apple's MPS has no use for it.
+    """
+    device = tokenizer.device.type
+    exact_cpu = device == "cpu" and dtype == torch.float32
+    layout = torch.channels_last if exact_cpu or device == "cuda" else torch.contiguous_format
+    if layout == torch.contiguous_format and dtype == tokenizer.dtype:
+        return tokenizer.decoder
+    decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(False).to(dtype=dtype).to(memory_format=layout)
+    if exact_cpu:
+        _use_winograd(decoder, tokenizer.config.latent_size)
+    return decoder
+
+
+class PendingPictures:
+    """Pictures that are being decoded, or will be when they are asked for."""
+
+    def __init__(self, finish: Callable[[], Tensor]):
+        self._finish = functools.cache(finish)
+
+    def images(self) -> Tensor:
+        """The pictures, (b 3 H W) uint8 on the CPU; waits for them, or decodes them, the first time."""
+        return self._finish()
+
+
+class PictureDecoder:
+    """Tokens (b k) -> uint8 pictures (b 3 H W), over a tokenizer's weights as they are now; it leaves them alone.
+
+    Example: `PictureDecoder(tokenizer)(tokens[:, :32])`.
+
+    Args:
+        tokenizer: on the device where pictures are to be decoded.
+        dtype: of the decoder's weights and sums, float32 or bfloat16; None is bfloat16 where that runs in
+            hardware, else float32. Codes and latents are looked up in float32 whatever it is.
+        compile: compile the decoder with torch.compile, at the first picture of each batch size.
+
+    Raises:
+        InputError: another dtype, or nothing to compile with.
+    """
+
+    def __init__(self, tokenizer: ChannelTokenizer, *, dtype: torch.dtype | None = None, compile: bool = False):
+        self.tokenizer = tokenizer
+        self.device = tokenizer.device
+        if dtype is None:
+            dtype = torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
+        if dtype not in DTYPES.values():
+            raise InputError(f"dtype is {dtype}; pictures are decoded in {' or '.join(DTYPES)}")
+        if compile:
+            check_can_compile(self.device)
+        self.dtype = dtype
+        decoder = _fastest_layout(tokenizer, dtype)
+        self._decode: Callable[[Tensor], Tensor] = torch.compile(decoder) if compile else decoder
+        self._at_once = max(1, PIXELS_AT_ONCE // tokenizer.config.image_size**2)
+        self._is_short_of_memory = False
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._seconds: dict[int, float] = {}
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """Tokens (b k) of any 1 <= k <= C -> pictures (b 3 H W) uint8, on the tokenizer's device.
+
+        Args:
+            tokens: integers in [0, codebook_size), on any device.
+            num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
+
+        Raises:
+            InputError: a shape or a length outside these ranges, or not memory enough for one picture.
+        """
+        return self._pictures(self.tokenizer.lookup(tokens.to(self.device), num_tokens))
+
+    @torch.no_grad()
+    def start(self, tokens: Tensor, num_tokens: Tensor | None = None) -> PendingPictures:
+        """As a call, but the pictures are fetched later with `.images()`, on the CPU.
+
+        The tokens are read now: they may be overwritten afterwards. On CUDA the pictures are decoded
+        beside what the current stream does next (keep `num_tokens` on the CPU: checking it must not wait for
+        the device); on other devices when they are first asked for. Arguments and errors: see `__call__`.
+        """
+        latents = self.tokenizer.lookup(tokens.to(self.device), num_tokens)
+        if self._stream is None:
+            return PendingPictures(lambda: self._pictures(latents).cpu())
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            images = self._pictures(latents)
+            copied = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+            copied.copy_(images, non_blocking=True)
+            done = self._stream.record_event()
+        latents.record_stream(self._stream)  # or the next tensor of the other stream could take their place
+
+        def finish() -> Tensor:
+            done.synchronize()
+            return copied
+
+        return PendingPictures(finish)
+
+    def seconds(self, batch_size: int) -> float:
+        """Seconds that decoding a batch of this size at full length takes; measured once for each size.
+
+        Raises:
+            InputError: a batch size below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size not in self._seconds:
+            tokens = torch.zeros(batch_size, self.tokenizer.config.num_channels, dtype=torch.int64, device=self.device)
+            self(tokens).cpu()
+            times: list[float] = []
+            while len(times) < 3 and sum(times) < 1:
+                begun = time.perf_counter()
+                self(tokens).cpu()  # fetching is what waits for a device
+                times.append(time.perf_counter() - begun)
+            self._seconds[batch_size] = statistics.median(times)
+        return self._seconds[batch_size]
+
+    @torch.no_grad()
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """Latents (b c h w), dropped channels 0 -> pictures (b 3 H W) uint8, as many at a time as memory allows."""
+        size = self.tokenizer.config.image_size
+        images = torch.empty(len(latents), 3, size, size, dtype=torch.uint8, device=latents.device)
+        latents = latents.to(self.dtype)
+        begin = 0
+        while begin < len(latents):
+            part = latents[begin : begin + self._at_once]
+            try:
+                images[begin : begin + len(part)] = to_uint8(self._decode(part))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._make_room(len(part), error)
+            else:
+                begin += len(part)
+        return images
+
+    def _make_room(self, tried: int, error: BaseException) -> None:
+        """Memory ran out with `tried` images at a time: take half from now on, if there is a half."""
+        if tried == 1:
+            size = self.tokenizer.config.image_size
+            raise InputError(
+                f"no memory on {self.device} to decode even one image of {size}x{size}; "
+                "free some, or decode on another device"
+            ) from error
+        if not self._is_short_of_memory:
+            logger.warning("no memory on %s to decode %d images at a time; taking fewer", self.device, tried)
+        self._is_short_of_memory = True
+        self._at_once = tried // 2
