@@ -1,6 +1,8 @@
 """Devices, number formats, logging and Ctrl-C."""
 
 import logging
+import os
+import shutil
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -57,6 +59,23 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         features = torch.cpu.get_capabilities()
         return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
     return False
+
+
+def check_can_compile(device: torch.device) -> None:
+    """Refuse to compile for a CPU where there is no C++ compiler, before anything has begun.
+
+    Raises:
+        InputError: none is found; torch takes $CXX, g++ or clang++.
+    """
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise InputError("compile needs a C++ compiler (g++, clang++ or $CXX); install one, or leave --compile out")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
 def set_up_logging(is_main_process: bool = True) -> None:

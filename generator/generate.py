@@ -7,27 +7,58 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from generator.decode import CachedDecoder
-from generator.sampling import SamplingConfig, draw, guide, uniforms
+from generator.config import TokenLayout
+from generator.engine import Batch, Engine
+from generator.sampling import SamplingConfig, uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The drawing after `num_tokens` tokens: tokens (b num_tokens), int64 on the generator's device."""
+    """The drawing after one more token of every image that still goes on.
+
+    tokens: (b num_tokens) int64 on the generator's device, wider where a prefix is longer than num_tokens;
+        row i holds lengths[i] tokens, the rest is 0.
+    lengths: tokens of each image: num_tokens, less where it ended before, more where its prefix has more.
+    drawing: the images that go on after this step, unless they are stopped.
+    log_likelihood: (b,) nats of each image's tokens under the model, if it was asked for.
+    """
 
     num_tokens: int
     tokens: Tensor
+    lengths: tuple[int, ...]
+    drawing: tuple[int, ...]
+    log_likelihood: Tensor | None
+    _stopped: set[int]
+
+    def stop(self, images: Sequence[int]) -> None:
+        """End the drawing of some images here; the others go on, at the cost of the smaller batch.
+
+        Raises:
+            InputError: an index that is no image of this stream.
+        """
+        for image in images:
+            if not 0 <= image < len(self.lengths):
+                raise InputError(f"there is no image {image} to stop; there are 0..{len(self.lengths) - 1}")
+        self._stopped.update(images)
+
+    def keep(self, images: Sequence[int]) -> None:
+        """End the drawing of all images but these."""
+        self.stop(images=[])
+        kept = set(images)
+        if unknown := kept - set(range(len(self.lengths))):
+            raise InputError(f"there is no image {min(unknown)} to keep; there are 0..{len(self.lengths) - 1}")
+        self.stop([image for image in range(len(self.lengths)) if image not in kept])
 
 
 def _check(
-    decoder: CachedDecoder,
+    layout: TokenLayout,
     labels: Tensor,
     seeds: Sequence[int],
-    num_tokens: int,
+    num_tokens: Sequence[int],
     sampling: SamplingConfig,
     prefix: Tensor | None,
+    prefix_lengths: Sequence[int],
 ) -> None:
-    layout = decoder.layout
     if not len(labels):
         raise InputError("class_labels is empty; give at least one class")
     layout.check_labels(labels)
@@ -38,78 +69,189 @@ def _check(
         )
     if len(seeds) != len(labels):
         raise InputError(f"there are {len(seeds)} seeds for {len(labels)} class labels; give one for each")
-    if not 1 <= num_tokens <= layout.num_channels:
-        raise InputError(f"num_tokens is {num_tokens}; this model draws 1..{layout.num_channels}")
+    if len(num_tokens) != len(labels):
+        raise InputError(
+            f"there are {len(num_tokens)} num_tokens for {len(labels)} class labels; give one for all or one for each"
+        )
+    for count in num_tokens:
+        if not 1 <= count <= layout.num_channels:
+            raise InputError(f"num_tokens is {count}; this model draws 1..{layout.num_channels}")
     if sampling.cfg_scale != 1 and not layout.has_null_label:
         raise InputError(f"cfg_scale is {sampling.cfg_scale}, but this model was trained without null label; use 1")
     if prefix is None:
         return
-    if prefix.ndim != 2 or len(prefix) != len(labels) or not 1 <= prefix.shape[1] < num_tokens:
+    if prefix.ndim != 2 or len(prefix) != len(labels):
         raise InputError(
-            f"prefix tokens are {tuple(prefix.shape)}; allowed are ({len(labels)}, j) with j in 1..{num_tokens - 1}, "
-            "below num_tokens"
+            f"prefix tokens are {tuple(prefix.shape)}; allowed are ({len(labels)}, j), a row for each label"
         )
+    if len(prefix_lengths) != len(labels):
+        raise InputError(f"there are {len(prefix_lengths)} prefix lengths for {len(labels)} labels; give one for each")
+    for count, length in zip(num_tokens, prefix_lengths, strict=True):
+        if not 1 <= length <= prefix.shape[1] or length >= count:
+            raise InputError(
+                f"a prefix has {length} tokens of {prefix.shape[1]} for num_tokens {count}; "
+                "it must have at least 1 and fewer than num_tokens"
+            )
     if int(prefix.min()) < 0 or int(prefix.max()) >= layout.codebook_size:
         raise InputError(f"prefix tokens go beyond the codebook; allowed are 0..{layout.codebook_size - 1}")
 
 
 def stream(
-    decoder: CachedDecoder,
+    engine: Engine,
     class_labels: Sequence[int],
     seeds: Sequence[int],
-    num_tokens: int,
+    num_tokens: int | Sequence[int],
     sampling: SamplingConfig,
     prefix: Tensor | None = None,
+    prefix_lengths: Sequence[int] | None = None,
+    scored: bool = False,
 ) -> Iterator[Step]:
     """Draw tokens, one channel of every image at each step.
 
     Args:
-        decoder: the generator.
+        engine: the generator and how its step is run.
         class_labels: a label for each image, in [0, num_classes), or null_label for no class.
         seeds: a seed for each image; image i depends on (seeds[i], class_labels[i], position) alone.
-        num_tokens: where the stream ends by itself, in [1, C].
+        num_tokens: where an image ends by itself, in [1, C]; one for all or one for each.
         sampling: guidance and filters.
-        prefix: tokens (b j), j < num_tokens, drawn before; the stream goes on after them as if it had
-            never stopped.
+        prefix: tokens (b j) drawn before, or taken from a photograph; each image goes on after its own.
+        prefix_lengths: tokens of each row of `prefix`, in [1, j] and below its num_tokens; None: all j.
+        scored: whether steps carry the log-likelihood.
 
     Returns:
-        Steps of j + 1, ..., num_tokens tokens. Nothing waits for the device until tokens are read.
+        A step for each k from the shortest prefix + 1 to the largest num_tokens; fewer if all images are
+        stopped (`Step.stop`). Nothing waits for the device until tokens are read.
 
     Raises:
         InputError: at the call, not at the first step, if an argument is out of its range.
     """
     labels = torch.tensor(list(class_labels), dtype=torch.long)
-    _check(decoder, labels, seeds, num_tokens, sampling, prefix)
-    return _steps(decoder, labels.to(decoder.device), uniforms(seeds, num_tokens), num_tokens, sampling, prefix)
+    counts = [num_tokens] * len(labels) if isinstance(num_tokens, int) else list(num_tokens)
+    if prefix is None:
+        given = [0] * len(labels)
+    else:
+        given = [prefix.shape[-1]] * len(labels) if prefix_lengths is None else list(prefix_lengths)
+    _check(engine.decoder.layout, labels, seeds, counts, sampling, prefix, given)
+    numbers = uniforms(seeds, max(counts))
+    return _Stream(engine, labels, numbers, counts, sampling, prefix, given, scored).steps()
 
 
-def _steps(
-    decoder: CachedDecoder,
-    labels: Tensor,
-    numbers: Tensor,
-    num_tokens: int,
-    sampling: SamplingConfig,
-    prefix: Tensor | None,
-) -> Iterator[Step]:
-    layout, device = decoder.layout, decoder.device
-    numbers = numbers.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    guided = sampling.cfg_scale != 1
-    batch_size = len(labels)
-    tokens = torch.empty(batch_size, num_tokens, dtype=torch.long, device=device)
-    given = 0 if prefix is None else prefix.shape[1]
-    if prefix is not None:
-        tokens[:, :given] = prefix.to(device)
-    # with guidance the unconditional rows follow the conditional ones through the same products
-    conditions = torch.cat([labels, torch.full_like(labels, layout.null_label)]) if guided else labels
-    rows = layout.class_rows(conditions)
-    cache = decoder.new_cache(len(rows), num_tokens)
-    for position in range(num_tokens):
-        # a prefix goes through the very same steps, so continuing is bit for bit never having stopped
-        logits = decoder.step(rows, position, cache)
-        if position >= given:
-            if guided:
-                logits = guide(logits[:batch_size], logits[batch_size:], sampling.cfg_scale)
-            tokens[:, position] = draw(logits, numbers[:, position], sampling)
-            yield Step(num_tokens=position + 1, tokens=tokens[:, : position + 1])
-        token = tokens[:, position]
-        rows = torch.cat([token, token]) if guided else token
+class _Stream:
+    """The loop's state. Slot s of the batch draws image images[s]; slots beyond are fillers."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        labels: Tensor,
+        numbers: Tensor,
+        counts: list[int],
+        sampling: SamplingConfig,
+        prefix: Tensor | None,
+        given: list[int],
+        scored: bool,
+    ):
+        self.engine, self.labels, self.numbers, self.counts = engine, labels, numbers, counts
+        self.sampling, self.given, self.scored = sampling, given, scored
+        self.ends = list(counts)  # where each image ends; it may be stopped before
+        self.scales = sampling.scales(engine.decoder.layout.num_channels)
+        guided = [scale != 1 for scale in self.scales.tolist()[: max(counts)]]
+        self.guided = guided
+        # from here on the unconditional half is of no use any more
+        self.guided_end = max((position + 1 for position, on in enumerate(guided) if on), default=0)
+        self.tokens = torch.zeros(len(labels), max(counts), dtype=torch.long)
+        for row, length in enumerate(given):
+            if prefix is not None:
+                self.tokens[row, :length] = prefix[row, :length]
+        self.images = list(range(len(labels)))
+        self.shared = min(given)
+        # images of the same class and the same prefix are read once and forked; this is the last host value read
+        beginnings = [
+            (label, *row) for label, row in zip(labels.tolist(), self.tokens[:, : self.shared].tolist(), strict=True)
+        ]
+        firsts = {key: image for image, key in reversed(list(enumerate(beginnings)))}
+        self.distinct = sorted(firsts.values()) if self.shared else self.images
+        self.sources = [self.distinct.index(firsts[key]) for key in beginnings] if self.shared else self.images
+
+    def steps(self) -> Iterator[Step]:
+        """Yield after every token, and drop between two steps what needs no more."""
+        batch = self._prefilled()
+        try:
+            out = self.tokens.to(self.engine.decoder.device)
+            likelihood = torch.zeros(len(self.counts), device=out.device)
+            stopped: set[int] = set()
+            for position in range(batch.next_position, max(self.counts)):
+                self.engine.advance(batch, self.sampling, guided=self.guided[position], scored=self.scored)
+                self._record(batch, position, out, likelihood)
+                yield self._step(position + 1, out, likelihood, stopped)
+                for image in stopped:
+                    # an image that is stopped within its prefix keeps all of that
+                    self.ends[image] = max(min(self.ends[image], position + 1), self.given[image])
+                live = [
+                    slot
+                    for slot, image in enumerate(self.images)
+                    if position + 1 < self.ends[image] and image not in stopped
+                ]
+                if not live:
+                    return
+                batch = self._compacted(batch, live, position + 1)
+        finally:
+            self.engine.release(batch)
+
+    def _record(self, batch: Batch, position: int, out: Tensor, likelihood: Tensor) -> None:
+        """Copy what was drawn to where steps show it; they keep showing what they showed."""
+        live = [slot for slot, image in enumerate(self.images) if position < self.ends[image]]
+        if len(live) == len(out) and live == self.images:
+            out[:, position] = batch.sequences[: len(live), position + 1]
+            likelihood.copy_(batch.log_likelihood[: len(live)])
+            return
+        slots = torch.tensor(live, device=out.device)
+        rows = torch.tensor([self.images[slot] for slot in live], device=out.device)
+        out[rows, position] = batch.sequences[slots, position + 1]
+        likelihood[rows] = batch.log_likelihood[slots]
+
+    def _step(self, num_tokens: int, out: Tensor, likelihood: Tensor, stopped: set[int]) -> Step:
+        ends = list(enumerate(self.ends))
+        return Step(
+            num_tokens=num_tokens,
+            tokens=out[:, : max(num_tokens, *self.given)],
+            lengths=tuple(max(min(end, num_tokens), self.given[image]) for image, end in ends),
+            drawing=tuple(image for image, end in ends if num_tokens < end and image not in stopped),
+            log_likelihood=likelihood.clone() if self.scored else None,
+            _stopped=stopped,
+        )
+
+    def _prefilled(self) -> Batch:
+        """Read the prefixes through the very steps that would have drawn them: to continue is never to have stopped."""
+        chosen = self.distinct
+        batch = self.engine.begin(
+            self.labels[chosen], self.tokens[chosen], torch.tensor(self.given)[chosen],
+            self.numbers[chosen], self.scales, self.guided_end > 0,
+        )  # fmt: skip
+        for position in range(self.shared):
+            if self.scored:
+                self.engine.advance(batch, self.sampling, guided=False, scored=True)
+            else:
+                self.engine.feed(batch)
+            batch = self._without_guidance(batch, position + 1, len(chosen))
+        return self._forked(batch) if self.sources != self.images else batch
+
+    def _forked(self, batch: Batch) -> Batch:
+        """A slot for every image, from the slots that have read its prefix."""
+        batch = self.engine.select(batch, self.sources, batch.guided)
+        count = len(self.images)
+        batch.sequences[:count, 1 : self.tokens.shape[1] + 1] = self.tokens.to(batch.sequences.device)
+        batch.uniforms[:count, : self.numbers.shape[1]] = self.numbers.to(batch.uniforms)
+        batch.given[:count] = torch.tensor(self.given, device=batch.given.device)
+        return batch
+
+    def _without_guidance(self, batch: Batch, position: int, count: int) -> Batch:
+        if batch.guided and position >= self.guided_end:
+            return self.engine.select(batch, range(count), guided=False)
+        return batch
+
+    def _compacted(self, batch: Batch, live: list[int], position: int) -> Batch:
+        """Drop finished images, and the unconditional half when it has had its last say."""
+        if self.engine.slots(len(live)) < batch.images:
+            batch = self.engine.select(batch, live, batch.guided and position < self.guided_end)
+            self.images = [self.images[slot] for slot in live]
+        return self._without_guidance(batch, position, len(self.images))

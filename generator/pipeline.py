@@ -1,10 +1,10 @@
 """`ChannelTokPipeline`: class labels in, pictures out. The one place where both models meet."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,41 +13,80 @@ from torch import Tensor
 
 from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
 from common.errors import InputError
-from common.images import to_pil, to_uint8
+from common.images import UnreadableImageError, load_image, to_float, to_pil
 from common.runtime import move, pick_device
 from generator.config import TokenLayout
 from generator.decode import CachedDecoder
-from generator.generate import stream
+from generator.engine import Engine
+from generator.generate import Step, stream
 from generator.model import load_generator
 from generator.sampling import SamplingConfig
+from generator.stopping import Deadline, StopRule, WhenStable, check_deadline, waiter
 from tokenizer import ChannelTokenizer
+from tokenizer.decoding import PendingPictures, PictureDecoder
 
 
-@dataclass(frozen=True, kw_only=True)
 class PipelineStep:
-    """A drawing on its way: `.tokens` (b num_tokens) int64, and `.preview()` for the pictures so far."""
+    """A drawing on its way.
 
-    num_tokens: int
-    tokens: Tensor
-    _tokenizer: ChannelTokenizer
+    `.tokens` (b num_tokens) int64, `.lengths`, `.drawing`, `.log_likelihood` and the methods `.stop` and
+    `.keep` are those of `generator.generate.Step`; `.preview()` gives the pictures so far.
+    """
+
+    def __init__(self, step: Step, decoder: PictureDecoder):
+        self._step, self._decoder = step, decoder
+        self.num_tokens, self.tokens, self.lengths = step.num_tokens, step.tokens, step.lengths
+        self.drawing, self.log_likelihood = step.drawing, step.log_likelihood
+        self.stop, self.keep = step.stop, step.keep
 
     def preview(self) -> list[Image.Image]:
-        """Decode what has been drawn: whole pictures, one for each image."""
-        return decode_pictures(self._tokenizer, self.tokens)
+        """Decode what has been drawn: whole pictures, one for each image. The drawing waits meanwhile."""
+        return self.begin_preview().pictures()
+
+    def begin_preview(self) -> "Preview":
+        """As `preview`, without waiting: on CUDA beside the drawing, elsewhere when the pictures are asked for."""
+        lengths = torch.tensor(self.lengths)
+        return Preview(self.num_tokens, self._decoder.start(self.tokens, lengths))
+
+
+class Preview:
+    """Pictures of a step, decoded or about to be."""
+
+    def __init__(self, num_tokens: int, pending: PendingPictures):
+        self.num_tokens, self._pending = num_tokens, pending
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures, one for each image; waits for them if need be."""
+        return [to_pil(image) for image in self._pending.images()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineOutput:
-    """Finished drawings: `.images`, PIL pictures, and `.tokens` (b num_tokens) int64 on the CPU."""
+    """Finished drawings: PIL pictures, tokens (b k) int64 on the CPU, and how many of them each image has."""
 
     images: list[Image.Image]
     tokens: Tensor
+    lengths: tuple[int, ...]
 
 
-def decode_pictures(tokenizer: ChannelTokenizer, tokens: Tensor, num_tokens: Tensor | None = None) -> list[Image.Image]:
-    """Tokens (b k), and a length for each row if they differ -> PIL pictures."""
-    images = to_uint8(tokenizer.detokenize(tokens.to(tokenizer.device), num_tokens)).cpu()
-    return [to_pil(image) for image in images]
+Scorer = Callable[[PipelineStep], Sequence[float]]
+
+
+def log_likelihood_scorer(step: PipelineStep) -> Sequence[float]:
+    """The built-in scorer: the generator's own log-likelihood of each image's tokens, in nats."""
+    if step.log_likelihood is None:
+        raise InputError("the stream carries no log-likelihood; ask for it with scored=True")
+    scores: list[float] = step.log_likelihood.tolist()
+    return scores
+
+
+def best_of_each_class(class_labels: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
+    """Indices of the `keep` highest scores of each class, in their order; ties go to the earlier image."""
+    ranked = sorted(range(len(scores)), key=lambda image: -scores[image])
+    chosen: list[int] = []
+    for label in dict.fromkeys(class_labels):
+        chosen += [image for image in ranked if class_labels[image] == label][:keep]
+    return sorted(chosen)
 
 
 class ChannelTokPipeline:
@@ -58,26 +97,31 @@ class ChannelTokPipeline:
         pipe([3, 7], num_tokens=32, seed=0).images[0].save("out.png")
     """
 
-    def __init__(self, tokenizer: ChannelTokenizer, decoder: CachedDecoder, model_fingerprint: str):
-        self.tokenizer = tokenizer
-        self.decoder = decoder
+    def __init__(self, tokenizer: ChannelTokenizer, engine: Engine, pictures: PictureDecoder, model_fingerprint: str):
+        self.tokenizer, self.engine, self.pictures = tokenizer, engine, pictures
         self.fingerprint = model_fingerprint
 
     @property
     def layout(self) -> TokenLayout:
         """Sizes, class names and special rows of the generator."""
-        return self.decoder.layout
+        return self.engine.decoder.layout
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str | Path,
+        device: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        *,
+        compile: bool = False,
     ) -> Self:
         """Load a folder with tokenizer/ and generator/, or a model of that name from the Hugging Face hub.
 
         Args:
             name_or_path: the folder or hub name.
             device: auto, cpu, cuda, cuda:1 or mps.
-            dtype: of the generator's weights and sums; the tokenizer stays in float32.
+            dtype: of the generator's weights; sums are float32. The picture decoder picks its own.
+            compile: compile the step and the picture decoder; see `Engine`.
 
         Raises:
             InputError: a missing or damaged file, another architecture, or two models that were not
@@ -97,8 +141,9 @@ class ChannelTokPipeline:
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
         model_fingerprint = f"{made_by}-{files_fingerprint(folder / 'generator')}"
-        decoder = CachedDecoder.from_llama(move(model, target), layout)
-        return cls(move(tokenizer, target), decoder, model_fingerprint)
+        engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
+        tokenizer = move(tokenizer, target)
+        return cls(tokenizer, engine, PictureDecoder(tokenizer, compile=compile), model_fingerprint)
 
     def class_labels(self, names: Sequence[str]) -> list[int]:
         """Labels of classes by name: the whole name, or any part of it between commas; case does not matter.
@@ -119,45 +164,132 @@ class ChannelTokPipeline:
             labels.append(known[wanted])
         return labels
 
+    def prefix_of(self, path: str | Path, num_tokens: int) -> Tensor:
+        """The first channels of a photograph: an image file -> tokens (1 num_tokens).
+
+        Raises:
+            InputError: a file that is no image, or a number of tokens outside [1, C).
+        """
+        if not 1 <= num_tokens < self.layout.num_channels:
+            raise InputError(f"prefix_tokens is {num_tokens}; allowed are 1..{self.layout.num_channels - 1}")
+        try:
+            image = load_image(path, self.tokenizer.config.image_size)
+        except UnreadableImageError as error:
+            raise InputError(f"prefix_image {error}; give an image file") from error
+        return self.tokenizer.tokenize(to_float(image[None]).to(self.tokenizer.device))[:, :num_tokens].cpu()
+
     def stream(
         self,
         class_labels: Sequence[int],
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        cfg_scale: float = 1.0,
         prefix: Tensor | None = None,
+        prefix_lengths: Sequence[int] | None = None,
+        deadline: float | None = None,
+        stop_when_stable: float | None = None,
+        scored: bool = False,
+        **sampling: Any,
     ) -> Iterator[PipelineStep]:
         """Draw, one token of every image at each step; stop whenever you like by not asking for the next.
 
         Args:
             class_labels: a label for each image.
-            num_tokens: where the stream ends by itself; None draws all C.
+            num_tokens: where an image ends by itself, one for all or one for each; None draws all C.
             seed: a seed for each image, or one number: image i then has seed + i.
-            temperature: see `SamplingConfig`, as for the next three.
-            top_k: see `SamplingConfig`.
-            top_p: see `SamplingConfig`.
-            cfg_scale: see `SamplingConfig`.
-            prefix: tokens (b j) of an earlier drawing to go on from.
+            prefix: tokens (b j) of an earlier drawing or of a photograph to go on from.
+            prefix_lengths: how many of them each image has; None: all j.
+            deadline: seconds from this call in which the pictures are to be finished, decoding included.
+            stop_when_stable: grey levels; see `stopping.WhenStable`.
+            scored: whether steps carry the log-likelihood.
+            sampling: the fields of `SamplingConfig`: temperature, top_k, top_p, cfg_scale, ...
 
         Raises:
             InputError: an argument out of its range, at the call.
         """
-        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale)
+        config = SamplingConfig(**sampling)
         if isinstance(seed, int | np.integer):
             seeds = [int(seed) + i for i in range(len(class_labels))]
         else:
             seeds = [int(entry) for entry in seed]
         count = self.layout.num_channels if num_tokens is None else num_tokens
-        steps = stream(self.decoder, class_labels, seeds, count, sampling, prefix)
-        return (PipelineStep(num_tokens=s.num_tokens, tokens=s.tokens, _tokenizer=self.tokenizer) for s in steps)
+        rules: list[StopRule] = []
+        if deadline is not None:
+            check_deadline(deadline)
+            # what is compiled, captured or measured once is done before the clock starts
+            for _ in stream(self.engine, class_labels, seeds, 1, config, scored=scored):
+                decode_seconds = self.pictures.seconds(len(class_labels))
+            rules.append(Deadline(deadline, decode_seconds, waiter(self.engine.decoder.device)))
+        if stop_when_stable is not None:
+            rules.append(WhenStable(stop_when_stable, self.pictures, self.layout.num_channels))
+        steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored)
+        return self._ruled(steps, rules)
+
+    def _ruled(self, steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[PipelineStep]:
+        for step in steps:
+            for rule in rules:
+                step.stop(rule(step))
+            yield PipelineStep(step, self.pictures)
 
     def __call__(
-        self, class_labels: Sequence[int], num_tokens: int | None = None, seed: int | Sequence[int] = 0, **options
+        self,
+        class_labels: Sequence[int],
+        num_tokens: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] = 0,
+        **options: Any,
     ) -> PipelineOutput:
         """Draw whole pictures; the arguments are those of `stream`."""
         *_, last = self.stream(class_labels, num_tokens, seed, **options)
-        return PipelineOutput(images=last.preview(), tokens=last.tokens.cpu())
+        return PipelineOutput(images=last.preview(), tokens=last.tokens.cpu(), lengths=last.lengths)
+
+    def refine(
+        self,
+        class_labels: Sequence[int],
+        sketch_tokens: int,
+        keep: int,
+        num_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        scorer: Scorer = log_likelihood_scorer,
+        **options: Any,
+    ) -> Iterator[PipelineStep]:
+        """Sketch many, refine few: draw all to `sketch_tokens`, and only the best of each class to the end.
+
+        The kept ones go on from their caches; nothing is drawn twice. At the last step `.lengths` tells
+        the finished images from the sketches.
+
+        Args:
+            class_labels: a label for each sketch.
+            sketch_tokens: where the sketches are judged, below num_tokens.
+            keep: how many of each class go on.
+            num_tokens: where the kept ones end; None draws all C.
+            seed: as in `stream`.
+            scorer: a step -> a number for each image, the higher the better; it may look at `step.preview()`.
+            options: as in `stream`.
+
+        Raises:
+            InputError: an argument out of its range, at the call; a scorer's answer of another length.
+        """
+        end = self.layout.num_channels if num_tokens is None else num_tokens
+        if not 1 <= sketch_tokens < end:
+            raise InputError(f"sketch_tokens is {sketch_tokens}; allowed are 1..{end - 1}, below num_tokens")
+        if keep < 1:
+            raise InputError(f"keep is {keep}; it must be at least 1")
+        steps = self.stream(class_labels, end, seed, **({"scored": True} | options))
+        return self._refining(steps, list(class_labels), sketch_tokens, keep, scorer)
+
+    def _refining(
+        self,
+        steps: Iterator[PipelineStep],
+        class_labels: Sequence[int],
+        sketch_tokens: int,
+        keep: int,
+        scorer: Scorer,
+    ) -> Iterator[PipelineStep]:
+        for step in steps:
+            if step.num_tokens == sketch_tokens:
+                scores = list(scorer(step))
+                if len(scores) != len(class_labels):
+                    raise InputError(f"the scorer gave {len(scores)} numbers for {len(class_labels)} images")
+                step.keep(best_of_each_class(class_labels, scores, keep))
+            yield step

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor
 
 from common.errors import InputError
 
+SCHEDULES = ("constant", "linear", "cosine", "interval")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a token is drawn from logits. Applied in this order: guidance, temperature, top-k, top-p."""
+    """How a token is drawn from logits. Applied in this order: guidance, temperature, top-k, top-p.
+
+    Guidance may change over the channels. With t = position / C, the share of all channels (never of
+    those asked for, so that a prefix stays a prefix), the scale is cfg_scale throughout (constant),
+    falls from cfg_scale to 1 in a straight line or half a cosine (linear, cosine), or is cfg_scale for
+    cfg_start <= t < cfg_end and 1 elsewhere (interval; Kynkaanniemi et al., 2024).
+    """
 
     temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token, 1 the model's own odds"})
     top_k: int = field(default=0, metadata={"help": "draw among this many most likely tokens; 0 = all"})
@@ -21,6 +30,11 @@ class SamplingConfig:
         default=1.0, metadata={"help": "draw among the most likely tokens that hold this mass; 1 = all"}
     )
     cfg_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 = off, at half the cost"})
+    cfg_schedule: Literal["constant", "linear", "cosine", "interval"] = field(
+        default="constant", metadata={"help": "how guidance changes over the channels"}
+    )
+    cfg_start: float = field(default=0.0, metadata={"help": "interval: share of all channels where guidance begins"})
+    cfg_end: float = field(default=1.0, metadata={"help": "interval: share of all channels where guidance ends"})
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -31,6 +45,27 @@ class SamplingConfig:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise InputError(f"cfg_scale is {self.cfg_scale}; it must be 0 or above")
+        if self.cfg_schedule not in SCHEDULES:
+            raise InputError(f"cfg_schedule is {self.cfg_schedule!r}; allowed: {', '.join(SCHEDULES)}")
+        if not 0 <= self.cfg_start < self.cfg_end <= 1:
+            raise InputError(
+                f"cfg_start is {self.cfg_start} and cfg_end {self.cfg_end}; needed is 0 <= cfg_start < cfg_end <= 1"
+            )
+        if self.cfg_schedule != "interval" and (self.cfg_start, self.cfg_end) != (0, 1):
+            raise InputError(
+                f"cfg_start and cfg_end belong to cfg_schedule interval; it is {self.cfg_schedule}, so leave them out"
+            )
+
+    def scales(self, num_channels: int) -> Tensor:
+        """The guidance scale at each position of a model with C channels: (C,) float32, on the CPU."""
+        share = torch.arange(num_channels, dtype=torch.float64) / num_channels
+        weight = {
+            "constant": torch.ones_like(share),
+            "linear": 1 - share,
+            "cosine": (1 + (math.pi * share).cos()) / 2,
+            "interval": ((share >= self.cfg_start) & (share < self.cfg_end)).double(),
+        }[self.cfg_schedule]
+        return (1 + (self.cfg_scale - 1) * weight).float()
 
 
 def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
@@ -49,7 +84,7 @@ def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022): (b v), (b v) -> (b v). Scale 1 is conditional alone."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -22,6 +22,7 @@ from common.images import captioned_table, save_png, to_pil, to_uint8
 from common.training import Loop, LoopConfig, make_accelerator
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
+from generator.engine import Engine
 from generator.generate import stream
 from generator.model import build_generator, save_generator
 from generator.sampling import SamplingConfig
@@ -162,8 +163,8 @@ def draw_sheet(
     shown = min(PICTURE_CLASSES, layout.num_classes)
     labels = [i * layout.num_classes // shown for i in range(shown)]
     lengths = [k for k in (4, 16, 64, 128, 256) if k < layout.num_channels] + [layout.num_channels]
-    decoder = CachedDecoder.from_llama(model, layout)
-    *_, last = stream(decoder, labels, labels, layout.num_channels, SamplingConfig())
+    engine = Engine(CachedDecoder.from_llama(model, layout))
+    *_, last = stream(engine, labels, labels, layout.num_channels, SamplingConfig())
     columns = [to_uint8(detokenize(last.tokens[:, :k])) for k in lengths]
     rows = [[to_pil(column[i]) for column in columns] for i in range(len(labels))]
     names = [layout.class_names[label].split(",")[0][:20] for label in labels]

@@ -17,10 +17,12 @@ from transformers import LlamaForCausalLM
 from common.checkpoint import fingerprint, folder_written_whole, save_pretrained_whole
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
+from generator.engine import Engine
 from generator.model import build_generator, save_generator
 from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer, TokenizerConfig
 
+torch.set_num_threads(1)  # tiny models gain nothing from a second one, and would wait for it on a busy machine
 REPO = Path(__file__).resolve().parents[1]
 CLASS_NAMES = [
     "goldfish, Carassius auratus",
@@ -34,7 +36,7 @@ CLASS_NAMES = [
 # them once and forks for each run; the fork runs the script's file as __main__, as a user's shell would.
 FORK_SERVER = """
 import json, os, runpy, sys, traceback
-import accelerate, torchvision, generator.drawing, generator.training, tokenizer.extraction
+import accelerate, torchvision, generator.session, generator.training, tokenizer.extraction
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -172,6 +174,11 @@ def tiny_generator(tiny_layout: TokenLayout) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def tiny_decoder(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> CachedDecoder:
     return CachedDecoder.from_llama(tiny_generator, tiny_layout)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_decoder: CachedDecoder) -> Engine:
+    return Engine(tiny_decoder)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 from common.errors import InputError
 from generator.config import TokenLayout
-from generator.decode import Cache, CachedDecoder
+from generator.decode import CachedDecoder
 from generator.drawing import Drawing
+from generator.engine import Batch, Engine
 from generator.generate import stream
 from generator.sampling import SamplingConfig
 
@@ -31,14 +32,14 @@ FEW = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def final(
-    decoder: CachedDecoder,
+    engine: Engine,
     labels: Sequence[int],
     seeds: Sequence[int],
     num_tokens: int = C,
     sampling: SamplingConfig = PLAIN,
     prefix: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    *_, last = stream(decoder, labels, seeds, num_tokens, sampling, prefix)
+    *_, last = stream(engine, labels, seeds, num_tokens, sampling, prefix)
     return last.tokens.tolist()
 
 
@@ -46,8 +47,8 @@ def final(
 
 
 @pytest.mark.parametrize("sampling", ALL, ids=NAMES)
-def test_drawing_k_gives_the_first_k_of_drawing_all(tiny_decoder: CachedDecoder, sampling: SamplingConfig) -> None:
-    steps = list(stream(tiny_decoder, LABELS, SEEDS, C, sampling))
+def test_drawing_k_gives_the_first_k_of_drawing_all(tiny_engine: Engine, sampling: SamplingConfig) -> None:
+    steps = list(stream(tiny_engine, LABELS, SEEDS, C, sampling))
     whole = steps[-1].tokens.tolist()
     assert [step.num_tokens for step in steps] == list(range(1, C + 1))
     for step in steps:
@@ -56,11 +57,11 @@ def test_drawing_k_gives_the_first_k_of_drawing_all(tiny_decoder: CachedDecoder,
         assert step.tokens.dtype == torch.int64
         assert step.tokens.tolist() == [row[: step.num_tokens] for row in whole]
     for k in (1, 2, 7, C):
-        assert final(tiny_decoder, LABELS, SEEDS, k, sampling) == [row[:k] for row in whole]
+        assert final(tiny_engine, LABELS, SEEDS, k, sampling) == [row[:k] for row in whole]
 
 
-def test_tokens_vary_and_stay_inside_the_codebook(tiny_decoder: CachedDecoder) -> None:
-    tokens = torch.tensor(final(tiny_decoder, [1] * 40, range(40)))
+def test_tokens_vary_and_stay_inside_the_codebook(tiny_engine: Engine) -> None:
+    tokens = torch.tensor(final(tiny_engine, [1] * 40, range(40)))
     assert 0 <= int(tokens.min()) <= int(tokens.max()) < CODES
     assert len(tokens.unique()) > CODES // 2
     assert len(tokens.unique(dim=0)) == 40
@@ -72,30 +73,30 @@ def test_tokens_vary_and_stay_inside_the_codebook(tiny_decoder: CachedDecoder) -
 @FEW
 @given(order=st.permutations(range(5)), cuts=st.sets(st.integers(1, 4)), sampling=st.sampled_from(ALL))
 def test_an_image_does_not_know_its_neighbours(
-    tiny_decoder: CachedDecoder, order: list[int], cuts: set[int], sampling: SamplingConfig
+    tiny_engine: Engine, order: list[int], cuts: set[int], sampling: SamplingConfig
 ) -> None:
-    whole = final(tiny_decoder, LABELS, SEEDS, C, sampling)
+    whole = final(tiny_engine, LABELS, SEEDS, C, sampling)
     edges = [0, *sorted(cuts), 5]
     for start, end in itertools.pairwise(edges):
         part = order[start:end]
-        found = final(tiny_decoder, [LABELS[i] for i in part], [SEEDS[i] for i in part], C, sampling)
+        found = final(tiny_engine, [LABELS[i] for i in part], [SEEDS[i] for i in part], C, sampling)
         assert found == [whole[i] for i in part]
 
 
-def test_seed_class_and_position_all_matter(tiny_decoder: CachedDecoder) -> None:
-    base = final(tiny_decoder, [0], [3])
-    assert final(tiny_decoder, [0], [3]) == base
-    assert final(tiny_decoder, [0], [4]) != base
-    assert final(tiny_decoder, [1], [3]) != base
-    assert final(tiny_decoder, [0], [3], C, GUIDED) != base
+def test_seed_class_and_position_all_matter(tiny_engine: Engine) -> None:
+    base = final(tiny_engine, [0], [3])
+    assert final(tiny_engine, [0], [3]) == base
+    assert final(tiny_engine, [0], [4]) != base
+    assert final(tiny_engine, [1], [3]) != base
+    assert final(tiny_engine, [0], [3], C, GUIDED) != base
 
 
-def test_token_differences_between_batch_sizes_are_rare(tiny_decoder: CachedDecoder) -> None:
+def test_token_differences_between_batch_sizes_are_rare(tiny_engine: Engine) -> None:
     """Sums differ in their last bits with the batch size; how often a token does, over 20,480 tokens each."""
     labels, seeds = [i % 5 for i in range(1280)], list(range(1280))
-    whole = torch.tensor(final(tiny_decoder, labels, seeds))
+    whole = torch.tensor(final(tiny_engine, labels, seeds))
     for size, count in ((128, 1280), (10, 1280), (1, 64)):
-        parts = [final(tiny_decoder, labels[i : i + size], seeds[i : i + size]) for i in range(0, count, size)]
+        parts = [final(tiny_engine, labels[i : i + size], seeds[i : i + size]) for i in range(0, count, size)]
         found = torch.tensor([row for part in parts for row in part])
         # after its first different token an image is another image, so only that one counts
         apart = int((found != whole[:count]).any(-1).sum())
@@ -107,7 +108,7 @@ def test_token_differences_between_batch_sizes_are_rare(tiny_decoder: CachedDeco
 
 @pytest.mark.parametrize("sampling", [*ALL, SamplingConfig(temperature=0, cfg_scale=3.0)], ids=[*NAMES, "greedy"])
 def test_the_stream_equals_the_uncached_sampler(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_decoder: CachedDecoder, sampling: SamplingConfig
+    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_engine: Engine, sampling: SamplingConfig
 ) -> None:
     expected = [
         oracle.draw_one(
@@ -123,7 +124,7 @@ def test_the_stream_equals_the_uncached_sampler(
         )
         for label, seed in zip(LABELS, SEEDS, strict=True)
     ]
-    for step in stream(tiny_decoder, LABELS, SEEDS, C, sampling):
+    for step in stream(tiny_engine, LABELS, SEEDS, C, sampling):
         assert step.tokens.tolist() == [row[: step.num_tokens] for row in expected]
 
 
@@ -133,9 +134,9 @@ def test_the_stream_equals_the_uncached_sampler(
 @pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("k", [1, 7, 15])
 def test_stopped_saved_loaded_and_continued_is_one_run(
-    tiny_decoder: CachedDecoder, tmp_path: Path, k: int, sampling: SamplingConfig
+    tiny_engine: Engine, tmp_path: Path, k: int, sampling: SamplingConfig
 ) -> None:
-    running = stream(tiny_decoder, LABELS, SEEDS, C, sampling)
+    running = stream(tiny_engine, LABELS, SEEDS, C, sampling)
     for _ in range(k):
         stopped = next(running)
     path = tmp_path / "tokens.npz"
@@ -144,56 +145,55 @@ def test_stopped_saved_loaded_and_continued_is_one_run(
         num_tokens=torch.full((5,), k),
         class_labels=LABELS,
         seeds=SEEDS,
+        sampling=sampling,
         fingerprint="f",
     ).save(path)
     loaded = Drawing.load(path)
     assert loaded.num_tokens.tolist() == [k] * 5
     assert loaded.fingerprint == "f"
-    steps = list(stream(tiny_decoder, loaded.class_labels, loaded.seeds, C, sampling, loaded.tokens))
+    steps = list(stream(tiny_engine, loaded.class_labels, loaded.seeds, C, sampling, loaded.tokens))
     assert [step.num_tokens for step in steps] == list(range(k + 1, C + 1))
-    assert steps[-1].tokens.tolist() == final(tiny_decoder, LABELS, SEEDS, C, sampling)
+    assert steps[-1].tokens.tolist() == final(tiny_engine, LABELS, SEEDS, C, sampling)
     # also in two pieces, the second one alone
-    middle = stream(tiny_decoder, LABELS[:2], SEEDS[:2], k + 1, sampling, loaded.tokens[:2])
+    middle = stream(tiny_engine, LABELS[:2], SEEDS[:2], k + 1, sampling, loaded.tokens[:2])
     assert next(middle).tokens.tolist() == steps[0].tokens[:2].tolist()
 
 
-def test_a_prefix_of_other_tokens_is_followed(tiny_decoder: CachedDecoder) -> None:
+def test_a_prefix_of_other_tokens_is_followed(tiny_engine: Engine) -> None:
     """The prefix is read, not drawn again."""
     prefix = torch.tensor([[3, 1, 4], [1, 5, 9]])
-    found = torch.tensor(final(tiny_decoder, [0, 1], [0, 1], C, PLAIN, prefix))
+    found = torch.tensor(final(tiny_engine, [0, 1], [0, 1], C, PLAIN, prefix))
     assert torch.equal(found[:, :3], prefix)
-    assert found[:, 3:].tolist() != torch.tensor(final(tiny_decoder, [0, 1], [0, 1]))[:, 3:].tolist()
+    assert found[:, 3:].tolist() != torch.tensor(final(tiny_engine, [0, 1], [0, 1]))[:, 3:].tolist()
 
 
 # ------------------------------------------------------------------------------------- law 7: guidance
 
 
 @pytest.fixture
-def fed(tiny_decoder: CachedDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def fed(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, position) of every forward from now on."""
     calls: list[tuple[int, int]] = []
-    real = tiny_decoder.step
+    real = tiny_engine._forward
 
-    def step(rows: torch.Tensor, position: int, cache: Cache) -> torch.Tensor:
-        calls.append((len(rows), position))
-        return real(rows, position, cache)
+    def forward(batch: Batch, length: int, *, with_logits: bool) -> torch.Tensor:
+        calls.append((batch.cache.entries.shape[2], int(batch.position)))
+        return real(batch, length, with_logits=with_logits)
 
-    monkeypatch.setattr(tiny_decoder, "step", step)
+    monkeypatch.setattr(tiny_engine, "_forward", forward)
     return calls
 
 
-def test_cfg_scale_one_costs_one_forward_and_guidance_two(
-    tiny_decoder: CachedDecoder, fed: list[tuple[int, int]]
-) -> None:
-    final(tiny_decoder, LABELS, SEEDS, C, PLAIN)
+def test_cfg_scale_one_costs_one_forward_and_guidance_two(tiny_engine: Engine, fed: list[tuple[int, int]]) -> None:
+    final(tiny_engine, LABELS, SEEDS, C, PLAIN)
     assert fed == [(5, p) for p in range(C)]
     fed.clear()
-    final(tiny_decoder, LABELS, SEEDS, C, GUIDED)
+    final(tiny_engine, LABELS, SEEDS, C, GUIDED)
     assert fed == [(10, p) for p in range(C)]
 
 
-def test_a_step_that_is_not_asked_for_costs_nothing(tiny_decoder: CachedDecoder, fed: list[tuple[int, int]]) -> None:
-    running = stream(tiny_decoder, LABELS, SEEDS, C, PLAIN)
+def test_a_step_that_is_not_asked_for_costs_nothing(tiny_engine: Engine, fed: list[tuple[int, int]]) -> None:
+    running = stream(tiny_engine, LABELS, SEEDS, C, PLAIN)
     assert fed == []
     next(running)
     next(running)
@@ -201,17 +201,17 @@ def test_a_step_that_is_not_asked_for_costs_nothing(tiny_decoder: CachedDecoder,
 
 
 def test_cfg_scale_one_is_conditional_only(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_decoder: CachedDecoder
+    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_engine: Engine
 ) -> None:
     expected = [oracle.draw_one(tiny_generator, tiny_layout, label, 6, C) for label in range(5)]
-    assert final(tiny_decoder, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1)) == expected
+    assert final(tiny_engine, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1)) == expected
     # and a guided stream of scale s near 1 tends to it, so 1 is no other branch in disguise
-    assert final(tiny_decoder, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1 + 1e-9)) == expected
+    assert final(tiny_engine, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1 + 1e-9)) == expected
 
 
-def test_cfg_scale_zero_is_unconditional(tiny_decoder: CachedDecoder) -> None:
-    null = final(tiny_decoder, [5, 5], SEEDS[:2])
-    assert final(tiny_decoder, [0, 3], SEEDS[:2], C, SamplingConfig(cfg_scale=0)) == null
+def test_cfg_scale_zero_is_unconditional(tiny_engine: Engine) -> None:
+    null = final(tiny_engine, [5, 5], SEEDS[:2])
+    assert final(tiny_engine, [0, 3], SEEDS[:2], C, SamplingConfig(cfg_scale=0)) == null
 
 
 # ------------------------------------------------------------------------------------- the loop itself
@@ -219,14 +219,14 @@ def test_cfg_scale_zero_is_unconditional(tiny_decoder: CachedDecoder) -> None:
 
 @pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_the_loop_never_waits_for_the_device(
-    tiny_decoder: CachedDecoder, monkeypatch: pytest.MonkeyPatch, sampling: SamplingConfig
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch, sampling: SamplingConfig
 ) -> None:
-    expected = final(tiny_decoder, LABELS, SEEDS, C, sampling)
+    expected = final(tiny_engine, LABELS, SEEDS, C, sampling)
 
     def refuse(self: torch.Tensor, *arguments: object) -> None:
         raise AssertionError("a tensor's value was read on the host")
 
-    running = stream(tiny_decoder, LABELS, SEEDS, C, sampling)
+    running = stream(tiny_engine, LABELS, SEEDS, C, sampling)
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, refuse)
@@ -258,12 +258,10 @@ BAD: list[tuple[str, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("change", "named"), [entry[1:] for entry in BAD], ids=[entry[0] for entry in BAD])
-def test_bad_arguments_are_refused_at_the_call(
-    tiny_decoder: CachedDecoder, change: dict[str, object], named: str
-) -> None:
+def test_bad_arguments_are_refused_at_the_call(tiny_engine: Engine, change: dict[str, object], named: str) -> None:
     arguments = {"class_labels": [0, 1], "seeds": [0, 1], "num_tokens": C, "sampling": PLAIN} | change
     with pytest.raises(InputError) as caught:
-        stream(tiny_decoder, **arguments)
+        stream(tiny_engine, **arguments)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -275,10 +273,10 @@ def test_a_model_without_null_label_refuses_what_needs_it(
     tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, labels: list[int], sampling: SamplingConfig
 ) -> None:
     layout = TokenLayout(**{**vars(tiny_layout), "has_null_label": False})
-    decoder = CachedDecoder.from_llama(tiny_generator, layout)
-    assert len(final(decoder, [0], [0])[0]) == C
+    engine = Engine(CachedDecoder.from_llama(tiny_generator, layout))
+    assert len(final(engine, [0], [0])[0]) == C
     with pytest.raises(InputError) as caught:
-        stream(decoder, labels, [0], C, sampling)
+        stream(engine, labels, [0], C, sampling)
     assert "\n" not in str(caught.value)
 
 
@@ -291,6 +289,7 @@ def test_a_drawing_keeps_every_field(tmp_path: Path) -> None:
         num_tokens=torch.tensor([3, 2]),
         class_labels=[4, 5],
         seeds=[2**63 - 1, 0],
+        sampling=EVERYTHING,
         fingerprint="0123-4567",
     )
     drawing.save(tmp_path / "tokens.npz")

@@ -11,7 +11,7 @@ from PIL import Image
 from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from common.images import to_pil, to_uint8
-from generator.decode import CachedDecoder
+from generator.engine import Engine
 from generator.generate import stream
 from generator.pipeline import ChannelTokPipeline
 from generator.sampling import SamplingConfig
@@ -30,10 +30,10 @@ def pixels(pictures: list[Image.Image]) -> list[bytes]:
 
 
 def test_a_call_gives_pictures_and_tokens(
-    pipeline: ChannelTokPipeline, tiny_decoder: CachedDecoder, tiny_tokenizer: ChannelTokenizer
+    pipeline: ChannelTokPipeline, tiny_engine: Engine, tiny_tokenizer: ChannelTokenizer
 ) -> None:
     found = pipeline([3, 1], num_tokens=6, seed=40)
-    *_, last = stream(tiny_decoder, [3, 1], [40, 41], 6, SamplingConfig())
+    *_, last = stream(tiny_engine, [3, 1], [40, 41], 6, SamplingConfig())
     assert torch.equal(found.tokens, last.tokens)
     assert [(picture.size, picture.mode) for picture in found.images] == [((32, 32), "RGB")] * 2
     images = to_uint8(tiny_tokenizer.detokenize(last.tokens))
@@ -77,10 +77,10 @@ def test_seeds_are_one_number_or_one_for_each(pipeline: ChannelTokPipeline) -> N
     assert len({tuple(row) for row in base}) == 3
 
 
-def test_sampling_options_are_passed_on(pipeline: ChannelTokPipeline, tiny_decoder: CachedDecoder) -> None:
+def test_sampling_options_are_passed_on(pipeline: ChannelTokPipeline, tiny_engine: Engine) -> None:
     base = pipeline([1], seed=7).tokens.tolist()
     for options in ({"temperature": 3.0}, {"top_k": 2}, {"top_p": 0.1}, {"cfg_scale": 3.0}):
-        *_, last = stream(tiny_decoder, [1], [7], C, SamplingConfig(**options))
+        *_, last = stream(tiny_engine, [1], [7], C, SamplingConfig(**options))
         assert pipeline([1], seed=7, **options).tokens.tolist() == last.tokens.tolist() != base
 
 
@@ -146,7 +146,7 @@ def test_loading_twice_gives_the_same_model(pipeline: ChannelTokPipeline, pipeli
 
 def test_bfloat16_draws(pipeline_folder: Path, pipeline: ChannelTokPipeline) -> None:
     half = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu", torch.bfloat16)
-    assert half.decoder.embedding.dtype == torch.bfloat16
+    assert half.engine.decoder.dtype == torch.bfloat16
     assert half.tokenizer.dtype == torch.float32
     assert half([0], seed=1).tokens.shape == (1, C)
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from common.checkpoint import save_pretrained_whole
 from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
+from generator.sampling import SamplingConfig
 from generator.tokens import TokenDataset, TokenStore
 from tokenizer import ChannelTokenizer
 
@@ -139,6 +141,35 @@ MISTAKES: list[tuple[list[object], str]] = [
     (["--class-labels", 0, "--cfg-scale", -2], "cfg_scale"),
     (["--class-labels", 0, "--device", "gpu"], "gpu"),
     (["--class-labels", 0, "--dtype", "float16"], "float16"),
+    (["--class-labels", 0, 1, "--num-tokens", 4, 5, 6], "one for each"),
+    (["--class-labels", 0, 1, "--num-tokens", 4, 17], "17"),
+    (["--class-labels", 0, "--deadline", 0], "deadline"),
+    (["--class-labels", 0, "--deadline", "nan"], "deadline"),
+    (["--class-labels", 0, "--stop-when-stable", -1], "stop_when_stable"),
+    (["--class-labels", 0, "--sketch-tokens", 4], "keep"),
+    (["--class-labels", 0, "--keep", 1], "sketch_tokens"),
+    (["--class-labels", 0, "--sketch-tokens", 16, "--keep", 1], "sketch_tokens"),
+    (["--class-labels", 0, "--sketch-tokens", 4, "--keep", 0], "keep"),
+    (["--class-labels", 0, "--samples-per-class", 3, "--batch-size", 2, "--sketch-tokens", 4, "--keep", 1], "batch"),
+    (["--class-labels", 0, "--prefix-image", "none.png", "--prefix-tokens", 8], "none.png"),
+    (["--class-labels", 0, "--prefix-image", "bad.yaml", "--prefix-tokens", 8], "bad.yaml"),
+    (["--class-labels", 0, "--prefix-image", "photo.png", "--prefix-tokens", 0], "prefix_tokens"),
+    (["--class-labels", 0, "--prefix-image", "photo.png", "--prefix-tokens", 16], "prefix_tokens"),
+    (["--class-labels", 0, "--prefix-image", "photo.png", "--prefix-tokens", 8, "--num-tokens", 8], "8"),
+    (["--class-labels", 0, "--cfg-schedule", "square"], "square"),
+    (["--class-labels", 0, "--cfg-schedule", "interval", "--cfg-start", 0.5, "--cfg-end", 0.2], "cfg_start"),
+    (["--rows", 1], "continue"),
+    (["--continue-from", "none.npz"], "none.npz"),
+    (["--continue-from", "bad.yaml"], "bad.yaml"),
+    (["--continue-from", "drawn.npz", "--class-labels", 0], "class_labels"),
+    (["--continue-from", "drawn.npz", "--seed", 3], "seed"),
+    (["--continue-from", "drawn.npz", "--rows", 2], "0..1"),
+    (["--continue-from", "drawn.npz", "--rows", -1], "0..1"),
+    (["--continue-from", "drawn.npz", "--rows", 1, 1], "twice"),
+    (["--continue-from", "drawn.npz", "--num-tokens", 3], "row 0"),
+    (["--continue-from", "other.npz"], "model"),
+    (["--continue-from", "beyond.npz"], "codebook"),
+    (["--continue-from", "long.npz"], "1..16"),
     (["--class-label", 0], "--class-labels"),
     (["--temprature", 0.5], "--temperature"),
     (["goldfish"], "goldfish"),
@@ -164,6 +195,16 @@ def test_sample_refuses_in_one_line_and_writes_nothing(
         ("file.txt", "not a folder"),
     ):
         (tmp_path / name).write_text(text)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    fingerprint = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu").fingerprint
+    drawn = Drawing(
+        tokens=torch.tensor([[5, 6, 7], [1, 0, 0]]), num_tokens=torch.tensor([3, 1]), class_labels=[0, 1],
+        seeds=[0, 1], sampling=SamplingConfig(), fingerprint=fingerprint,
+    )  # fmt: skip
+    drawn.save(tmp_path / "drawn.npz")
+    replace(drawn, fingerprint="x").save(tmp_path / "other.npz")
+    replace(drawn, tokens=drawn.tokens + 60).save(tmp_path / "beyond.npz")
+    replace(drawn, num_tokens=torch.tensor([3, 4])).save(tmp_path / "long.npz")
     before = files_below(tmp_path)
     given = ["--model", pipeline_folder, *words]
     line = refused(scripts("sample.py", *given, cwd=tmp_path))
@@ -297,15 +338,15 @@ def test_ctrl_c_keeps_what_has_been_drawn(scripts: ScriptRunner, slow_pipeline_f
 
 
 INTERRUPT = """
-import os, signal, time, generator.generate
-real = generator.generate.draw
+import os, signal, time, generator.engine
+real = generator.engine.draw
 calls = []
 def draw(logits, uniform, config):
     calls.append(1)
     if len(calls) in {when}:
         os.kill(os.getpid(), signal.SIGINT)
     return real(logits, uniform, config)
-generator.generate.draw = draw
+generator.engine.draw = draw
 """
 
 

@@ -53,6 +53,26 @@ def next_logits(model: LlamaForCausalLM, rows: Sequence[int], codebook_size: int
     return model(input_ids=torch.tensor([list(rows)]), use_cache=False).logits[:, -1, :codebook_size].float()
 
 
+def scale_at(share: float, cfg_scale: float, schedule: str, start: float, end: float) -> float:
+    """Guidance where `share` of all channels has been drawn."""
+    if schedule == "linear":
+        return cfg_scale + share * (1 - cfg_scale)
+    if schedule == "cosine":
+        return 1 + (cfg_scale - 1) * math.cos(math.pi * share / 2) ** 2
+    if schedule == "interval":
+        return cfg_scale if start <= share < end else 1.0
+    return cfg_scale
+
+
+@torch.no_grad()
+def log_likelihood(model: LlamaForCausalLM, layout: TokenLayout, label: int, tokens: Sequence[int]) -> float:
+    """Nats of an image's tokens given its class, by one forward over all of them; codes alone can be drawn."""
+    rows = torch.tensor([[layout.codebook_size + label, *tokens[:-1]]])
+    logits = model(input_ids=rows, use_cache=False).logits[0, :, : layout.codebook_size].double()
+    odds = logits.log_softmax(-1)
+    return math.fsum(float(odds[position, token]) for position, token in enumerate(tokens))
+
+
 def draw_one(
     model: LlamaForCausalLM,
     layout: TokenLayout,
@@ -64,10 +84,15 @@ def draw_one(
     top_k: int = 0,
     top_p: float = 1.0,
     cfg_scale: float = 1.0,
+    cfg_schedule: str = "constant",
+    cfg_start: float = 0.0,
+    cfg_end: float = 1.0,
 ) -> list[int]:
     """Tokens of one image."""
     tokens: list[int] = []
+    full_scale = cfg_scale
     for position in range(num_tokens):
+        cfg_scale = scale_at(position / layout.num_channels, full_scale, cfg_schedule, cfg_start, cfg_end)
         logits = next_logits(model, [layout.codebook_size + label, *tokens], layout.codebook_size)
         if cfg_scale != 1:
             null_row = layout.codebook_size + len(layout.class_names)
