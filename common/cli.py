@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 import errno
 import logging
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,19 +73,23 @@ def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequenc
     return words
 
 
-def parse(*kinds: type, argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
+def parse(
+    *kinds: type, argv: Sequence[str] | None = None, description: str | None = None, command: str | None = None
+) -> tuple[Any, ...]:
     """Parse the command line into one instance of each class.
 
     Args:
         kinds: dataclasses or transformers configuration classes; every field is a flag. Names differ.
         argv: the words after the program's name; None reads the process's own.
         description: shown by --help.
+        command: the sub-command that these flags belong to, shown by --help.
 
     Raises:
         InputError: an unknown or repeated name, a value of the wrong type, or what the classes refuse.
     """
     flag_kinds: list[Any] = [_flag_fields(kind) for kind in kinds]
-    parser = _Parser(flag_kinds, description=description, allow_abbrev=False)
+    program = None if command is None else f"{_program()} {command}"
+    parser = _Parser(flag_kinds, prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file of defaults for any of these flags")
     fields = [field.name for kind in flag_kinds for field in dataclasses.fields(kind)]
     words = list(sys.argv[1:] if argv is None else argv)
@@ -108,6 +113,43 @@ def parse(*kinds: type, argv: Sequence[str] | None = None, description: str | No
     )
 
 
+def parse_command(
+    commands: Mapping[str, Sequence[type]], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[str, tuple[Any, ...]]:
+    """Parse a command line whose first word says what to do and decides which flags follow.
+
+    Args:
+        commands: for each word, the classes whose fields are its flags, as `parse` takes them.
+        argv: the words after the program's name; None reads the process's own.
+        description: shown by --help.
+
+    Returns:
+        The word, and one instance of each of its classes.
+
+    Raises:
+        InputError: no such word first, or what `parse` refuses.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        chooser = argparse.ArgumentParser(prog=_program(), description=description, usage="%(prog)s COMMAND [FLAGS]")
+        chooser.add_argument("command", choices=list(commands), help="COMMAND --help tells its flags")
+        chooser.parse_args(words[:1])
+    if not words or words[0].startswith("-"):
+        raise InputError(f"the first word must be a command: {' or '.join(commands)}")
+    if words[0] not in commands:
+        raise InputError(f"unknown command {words[0]!r}; {nearest(words[0], commands)}")
+    return words[0], parse(*commands[words[0]], argv=words[1:], description=description, command=words[0])
+
+
+def command_line() -> str:
+    """The words this program was started with, as one would type them; of the program only its name."""
+    return shlex.join([_program(), *sys.argv[1:]])
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function; a user's mistake or a full disk ends in one line and exit code 2."""
     try:
@@ -125,5 +167,5 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{_program()}: error: {' '.join(message.split())}\n")
     return 2

@@ -190,6 +190,56 @@ def test_help_shows_every_flag_with_its_help(capsys):
         assert f"--{name}" in shown
 
 
+COMMANDS = {"walk": (Run,), "draw": (Run, Needed)}
+
+
+def test_the_first_word_decides_which_flags_follow():
+    assert cli.parse_command(COMMANDS, argv=["walk", "--steps", "3"]) == ("walk", (Run(steps=3),))
+    expected = ("draw", (Run(), Needed(data_dir="d")))
+    assert cli.parse_command(COMMANDS, argv=["draw", "--data-dir", "d"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["wlak"], "unknown command 'wlak'; did you mean walk?"),
+        (["x"], "unknown command 'x'; see --help for those allowed"),
+        ([], "the first word must be a command: walk or draw"),
+        (["--steps", "3", "walk"], "the first word must be a command: walk or draw"),
+        (["walk", "--data-dir", "d"], "unknown argument '--data-dir'"),
+        (["walk", "walk"], "unknown argument 'walk'"),
+    ],
+)
+def test_a_wrong_command_or_a_flag_of_another_one_is_refused(argv, line):
+    with pytest.raises(InputError) as caught:
+        cli.parse_command(COMMANDS, argv=argv)
+    assert line in str(caught.value)
+
+
+def test_help_names_the_commands_and_each_has_its_own(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/little.py"])
+    shown = []
+    for argv in (["--help"], ["-h"], ["draw", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.parse_command(COMMANDS, argv=argv, description="What it does.")
+        assert not caught.value.code
+        shown.append(capsys.readouterr().out)
+    general, short, draw = shown
+    assert general == short
+    assert "usage: little.py COMMAND [FLAGS]" in general
+    assert "What it does." in general
+    assert "walk" in general
+    assert "--steps" not in general
+    assert "usage: little.py draw" in draw
+    assert "--data_dir" in draw
+
+
+def test_the_command_line_is_told_as_it_was_typed_without_the_programs_folder(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/little.py", "walk", "--output-dir", "a b"])
+    assert cli.command_line() == "little.py walk --output-dir 'a b'"
+    assert cli.parse_command(COMMANDS) == ("walk", (Run(output_dir="a b"),))
+
+
 SCRIPT = """
 import sys
 from dataclasses import dataclass

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import InputError
 from tokenizer import ChannelTokenizer, TokenizerConfig
 from tokenizer.bsq import BinarySphericalQuantizer, pack_bits, quantization_losses, signs_to_codes, straight_through
+from tokenizer.published import published_config
 from tokenizer.tail_drop import drop_tail, prefix_mask
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,26 +46,30 @@ def test_tiny_proj_has_the_published_number_of_parameters(tokenizer):
 
 
 def test_default_is_the_tokenizer_of_the_papers_generator():
+    assert published_config("paper-256").to_dict() == TokenizerConfig().to_dict()
     with torch.device("meta"):
-        model = ChannelTokenizer(TokenizerConfig())
+        model = ChannelTokenizer(published_config("paper-256"))
     assert [count(part) for part in (model.encoder, model.decoder, model.quantizer)] == [28_375_040, 44_014_467, 478]
     assert count(model) == 72_389_985
 
 
 def test_papers_main_tokenizer_has_the_published_number_of_parameters():
-    widths = [192, 256, 384, 512, 640]
-    config = TokenizerConfig(
-        num_channels=512,
-        num_bits=16,
-        encoder_widths=widths,
-        decoder_widths=widths,
-        encoder_attention_sizes=[32, 16, 8],
-        decoder_attention_sizes=[8, 16, 32],
-    )
+    config = published_config("paper-512")
+    assert (config.num_channels, config.num_bits, config.image_size) == (512, 16, 256)
     with torch.device("meta"):
         model = ChannelTokenizer(config)
     assert [count(part) for part in (model.encoder, model.decoder, model.quantizer)] == [64_620_800, 94_684_803, 0]
     assert count(model) == 159_305_603
+
+
+def test_a_published_tokenizer_is_built_anew_each_time():
+    published_config("paper-512").encoder_widths.append(32)
+    assert published_config("paper-512").encoder_widths == [192, 256, 384, 512, 640]
+
+
+def test_an_unknown_published_tokenizer_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match="'paper-128' is unknown; allowed: paper-256, paper-512"):
+        published_config("paper-128")
 
 
 @torch.no_grad()

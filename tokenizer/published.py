@@ -1,11 +1,28 @@
-"""The one place that knows the key names of the paper's public implementation."""
+"""What the paper published: the architectures of its tokenizers, and the key names of its public implementation."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from common.errors import InputError
+from tokenizer.config import TokenizerConfig
+
+
+def _paper_512() -> TokenizerConfig:
+    return TokenizerConfig(
+        num_channels=512,
+        num_bits=16,
+        encoder_widths=[192, 256, 384, 512, 640],
+        decoder_widths=[192, 256, 384, 512, 640],
+        encoder_attention_sizes=[32, 16, 8],
+        decoder_attention_sizes=[8, 16, 32],
+    )
+
+
+# 72,389,985 parameters: what the paper's generator draws with; and 159,305,603: the main tokenizer of its tables
+PUBLISHED_TOKENIZERS: dict[str, Callable[[], TokenizerConfig]] = {"paper-256": TokenizerConfig, "paper-512": _paper_512}
 
 _RENAMES = [
     (r"^encoder\.model\.", "encoder.trunk."),
@@ -25,6 +42,17 @@ _RENAMES = [
 
 
 BIT_WEIGHTS = "quantizer.mask"  # a constant of theirs: what each bit of a token counts
+
+
+def published_config(name: str) -> TokenizerConfig:
+    """The architecture of a published tokenizer, by its name in `PUBLISHED_TOKENIZERS`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in PUBLISHED_TOKENIZERS:
+        raise InputError(f"tokenizer {name!r} is unknown; allowed: {', '.join(PUBLISHED_TOKENIZERS)}")
+    return PUBLISHED_TOKENIZERS[name]()
 
 
 def _check_bit_order(weights: Tensor, path: str | Path) -> None:

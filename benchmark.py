@@ -1,0 +1,106 @@
+"""Measure. speed: how fast tokens and pictures are drawn, by several samplers; `benchmark.py speed --help`."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from common import cli, runtime
+from common.checkpoint import resolve_folder
+from common.errors import InputError
+from generator.config import GENERATOR_SIZES, TokenLayout
+from generator.model import build_generator, load_generator
+from generator.speed import SpeedConfig, Subject, measure_speed, write_report
+from tokenizer import ChannelTokenizer
+from tokenizer.decoding import PictureDecoder
+from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
+
+NO_TOKENIZER = "none"
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """Which models are measured, and where the results go."""
+
+    generator: str | None = field(
+        default=None, metadata={"help": f"size, with random weights: {', '.join(GENERATOR_SIZES)}; default: B"}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": f"architecture, with random weights: {', '.join(PUBLISHED_TOKENIZERS)} (default: paper-256), "
+                  f"or {NO_TOKENIZER}: 256 tokens of 14 bits, no pictures"},
+    )  # fmt: skip
+    model: str | None = field(default=None, metadata={"help": "instead: a folder with tokenizer/ and generator/"})
+    compile_pictures: bool = field(default=False, metadata={"help": "compile the decoding of pictures, too"})
+    output_dir: str = field(default="runs/speed", metadata={"help": "folder for speed.json, speed.md and speed.png"})
+
+    def __post_init__(self) -> None:
+        if self.model is not None and (self.generator is not None or self.tokenizer is not None):
+            raise InputError("model is given, and so is generator or tokenizer; give either the one or the others")
+        if self.generator is not None and self.generator not in GENERATOR_SIZES:
+            raise InputError(f"generator {self.generator!r} is unknown; allowed: {', '.join(GENERATOR_SIZES)}")
+        if self.tokenizer not in (None, NO_TOKENIZER, *PUBLISHED_TOKENIZERS):
+            allowed = [*PUBLISHED_TOKENIZERS, NO_TOKENIZER]
+            raise InputError(f"tokenizer {self.tokenizer!r} is unknown; allowed: {', '.join(allowed)}")
+
+    @property
+    def generator_name(self) -> str:
+        """What the results call the generator."""
+        return self.generator or ("B" if self.model is None else Path(self.model).name)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the results call the tokenizer."""
+        return self.tokenizer or ("paper-256" if self.model is None else Path(self.model).name)
+
+
+def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, TokenLayout, ChannelTokenizer | None]:
+    """Those of a folder, or of a published size with random weights."""
+    if config.model is not None:
+        folder = resolve_folder(config.model)
+        return *load_generator(folder / "generator"), ChannelTokenizer.from_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = None
+        if config.tokenizer_name != NO_TOKENIZER:
+            tokenizer = ChannelTokenizer(published_config(config.tokenizer_name)).eval()
+        layout = TokenLayout(
+            num_channels=tokenizer.config.num_channels if tokenizer else 256,
+            num_bits=tokenizer.config.num_bits if tokenizer else 14,
+            class_names=[str(label) for label in range(NUM_CLASSES)],
+            tokenizer_fingerprint="random weights",
+            has_null_label=True,
+        )
+        return build_generator(GENERATOR_SIZES[config.generator_name], layout), layout, tokenizer
+
+
+def speed(what: SubjectConfig, config: SpeedConfig) -> None:
+    """Build, measure, write."""
+    device = runtime.pick_device(config.device)
+    model, layout, tokenizer = models_of(what, config.seed)
+    pictures = None
+    if tokenizer is not None:
+        pictures = partial(PictureDecoder, runtime.move(tokenizer, device), compile=what.compile_pictures)
+    subject = Subject(
+        model=model,
+        layout=layout,
+        name=what.generator_name,
+        pictures=pictures,
+        tokenizer=tokenizer,
+        tokenizer_name=what.tokenizer_name,
+    )
+    write_report(measure_speed(subject, config), what.output_dir, cli.command_line())
+
+
+def main() -> None:
+    """Parse, and do what the first word says."""
+    runtime.set_up_logging()
+    command, settings = cli.parse_command({"speed": (SubjectConfig, SpeedConfig)}, description=__doc__)
+    {"speed": speed}[command](*settings)
+
+
+if __name__ == "__main__":
+    cli.run(main)

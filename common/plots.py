@@ -1,0 +1,89 @@
+"""Line plots, as PNG files that appear whole."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from common.checkpoint import written_whole
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, told apart
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK, GRID = "#333333", "#dddddd"
+LIMIT: dict[str, Any] = {"color": "#777777", "linewidth": 1.2, "linestyle": ":"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One small plot. `lines`: for each name its points (x, y); `limit`: a bound, drawn thin and dotted."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    limit: Sequence[tuple[float, float]] = ()
+
+
+def save_line_plot(
+    panels: Sequence[Panel],
+    path: str | Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    limit_label: str,
+    columns: int,
+    dashed: Collection[str] = (),
+) -> None:
+    """Draw panels side by side, `columns` in a row, with common axes (y logarithmic), colours and one legend.
+
+    Every x of the data is a tick. A name keeps its colour and marker in all panels; those in `dashed` are
+    drawn so.
+    """
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    styles: dict[str, dict[str, Any]] = {
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+            "linewidth": 1.8,
+            "linestyle": "--" if name in dashed else "-",
+        }
+        for i, name in enumerate(names)
+    }
+    rows = -(-len(panels) // columns)
+    # a figure with a canvas of its own: pyplot's global state and its choice of a window system stay out of it
+    figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    ticks = sorted({x for panel in panels for points in panel.lines.values() for x, _ in points})
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_title(panel.title, fontsize=10, color=INK)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(which="major", color=GRID, linewidth=0.8)
+        axis.grid(which="minor", axis="y", color=GRID, linewidth=0.4)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9, labelbottom=True, color=INK)
+        for name, points in panel.lines.items():
+            axis.plot(*zip(*points, strict=True), **styles[name])
+        if panel.limit:
+            axis.plot(*zip(*panel.limit, strict=True), **LIMIT)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel(x_label, fontsize=9, color=INK)
+    for axis in axes[::columns]:
+        axis.set_ylabel(y_label, fontsize=9, color=INK)
+    handles = [Line2D([], [], label=name, **styles[name]) for name in names]
+    if any(panel.limit for panel in panels):
+        handles.append(Line2D([], [], label=limit_label, **LIMIT))
+    figure.suptitle(title, fontsize=11, color=INK)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(1 + columns, len(handles)), frameon=False, fontsize=9
+    )
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
