@@ -21,7 +21,7 @@ from generator.sampling import SamplingConfig, draw, guide
 
 FEW_ROWS = 8  # compiled sums serve up to so many rows at once; more would spill the processor's registers
 LENGTH_STEP = 64  # attention reads the cache in multiples of this many positions
-KEPT_BATCHES = 4  # how many batches' buffers and graphs a captured engine keeps for the next drawing
+KEPT_BATCHES = 4  # how many batches' buffers and graphs a compiled or captured engine keeps for the next drawing
 KEPT_GRAPHS = 64  # of one batch; each setting of the filters and each length of view has its own
 
 
@@ -107,7 +107,7 @@ class Engine:
         self._kept: list[Batch] = []
         self._pool: Any = torch.cuda.graph_pool_handle() if self.captures else None
         # compiling all layers as one takes minutes, one by one costs a call for each: groups of equal size
-        self._group = max(size for size in (1, 2, 3, 4) if len(decoder.layers) % size == 0)
+        self._group = max(size for size in (1, 2, 3, 4, 5, 6) if len(decoder.layers) % size == 0)
 
     # --------------------------------------------------------------------------------- batches
 
@@ -168,8 +168,8 @@ class Engine:
         return chosen
 
     def release(self, batch: Batch) -> None:
-        """Give a batch up; a captured engine keeps its buffers and graphs for the next one of its size."""
-        if self.captures:
+        """Give a batch up; its buffers and graphs are kept for the next one of its size, unless sizes are any."""
+        if self.captures or self.compile:
             self._kept = [*self._kept[-KEPT_BATCHES + 1 :], batch]
 
     def _filled(self, images: Sequence[int], slots: int) -> Tensor:

@@ -75,7 +75,8 @@ def test_an_unknown_published_tokenizer_is_refused_with_the_known_ones():
 @torch.no_grad()
 def test_encoder_output(tokenizer, io):
     latents = tokenizer.encode(io["image"])
-    torch.testing.assert_close(tokenizer.encoder.trunk(io["image"]), io["enc_trunk_out"], atol=1e-5, rtol=0)
+    # the trunk's last convolution is the widest sum: a processor that adds in another order was seen at 1.2e-5
+    torch.testing.assert_close(tokenizer.encoder.trunk(io["image"]), io["enc_trunk_out"], atol=2e-5, rtol=0)
     torch.testing.assert_close(latents, io["enc_out"], atol=1e-5, rtol=0)
     torch.testing.assert_close(tokenizer.quantizer.to_sphere(latents), io["bits_pre_sign"], atol=1e-5, rtol=0)
 

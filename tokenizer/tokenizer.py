@@ -37,7 +37,7 @@ class TrainingOutput:
 def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
     """Exchange channels start..end-1 between the tokens of two images, or of two batches, row by row.
 
-    Early channels carry layout and colours, later ones detail, so this mixes two pictures by scale.
+    Any tokens are a picture, so what comes out can be decoded: it shows what a range of channels carries.
 
     Args:
         first: tokens (b k).
