@@ -25,7 +25,7 @@ KEPT_BATCHES = 4  # how many batches' buffers and graphs a compiled or captured 
 KEPT_GRAPHS = 64  # of one batch; each setting of the filters and each length of view has its own
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Batch:
     """Drawings side by side. All tensors are on the device and stay where they are: a graph may hold them.
 
