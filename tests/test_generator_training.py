@@ -23,6 +23,7 @@ from common.errors import InputError
 from common.training import LoopConfig, StepSampler
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
+from generator.engine import Engine
 from generator.generate import stream
 from generator.model import build_generator, load_generator, save_generator
 from generator.pipeline import ChannelTokPipeline
@@ -141,7 +142,9 @@ def test_exported_folder_is_a_plain_transformers_model(trained: Path) -> None:
         do_sample=False,
         suppress_tokens=list(range(CODES, layout.vocab_size)),
     )
-    *_, last = stream(CachedDecoder.from_llama(model, layout), labels, [0, 1, 2], C, SamplingConfig(temperature=0))
+    *_, last = stream(
+        Engine(CachedDecoder.from_llama(model, layout)), labels, [0, 1, 2], C, SamplingConfig(temperature=0)
+    )
     assert whole[:, 1:].tolist() == last.tokens.tolist()
 
 
