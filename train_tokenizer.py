@@ -2,6 +2,7 @@
 
 from common import cli, runtime
 from tokenizer.config import TokenizerConfig
+from tokenizer.discriminator import GanConfig
 from tokenizer.losses import TokenizerLossConfig
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
@@ -10,9 +11,8 @@ from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
 def main() -> None:
     """Parse, then train."""
     runtime.set_up_logging()
-    parts = (TokenizerTrainingConfig, TokenizerConfig, TokenizerLossConfig, TailDropConfig)
-    training, model, loss, tail_drop = cli.parse(*parts, description=__doc__)
-    train_tokenizer(training, model, loss, tail_drop)
+    parts = (TokenizerTrainingConfig, TokenizerConfig, TokenizerLossConfig, TailDropConfig, GanConfig)
+    train_tokenizer(*cli.parse(*parts, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,136 +1,82 @@
-"""The training loop that both models share: data order, schedule, EMA, checkpoints, exact resume.
-
-Everything random is a function of (seed, step, process), and the data order one of (seed, epoch), so a
-run that is killed and resumed goes through the same numbers as one that never stopped; no state of any
-random generator is kept.
-"""
+"""The training loop that both models share: optimizers, EMA, checkpoints, exact resume, one process or many."""
 
 import json
 import logging
 import math
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Sampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.checkpoint import folder_written_whole, load_tensors, read_json, save_tensors, write_text
+from common.checkpoint import write_text
 from common.errors import InputError
-from common.runtime import has_fast_bfloat16, pick_device
+from common.resuming import Checkpoints
+from common.runtime import has_fast_bfloat16, peak_memory_of_process, pick_device
+from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 REPORT_EVERY = 20  # steps
+OPPONENT_BETAS = (0.5, 0.9)  # of a discriminator's AdamW, as Esser et al. (arXiv 2012.09841) train theirs
 # settings that a resumed run may change; with other `steps` the schedule is the new one from there on
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-    | {"data_dir", "tokens", "strict", "compile", "validation_images"}
+    | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers"}
+    | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Settings that both training scripts share. A step is one optimizer step over `batch_size` images."""
+class Opponent:
+    """A second model that is trained against the first, with an optimizer of its own: a GAN's discriminator."""
 
-    output_dir: str = field(metadata={"help": "folder for the model, checkpoints, pictures and log.jsonl"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
-    steps: int = field(default=100_000, metadata={"help": "optimizer steps in all"})
-    batch_size: int = field(default=256, metadata={"help": "images a step, over all processes together"})
-    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the last step"})
-    warmup_steps: int = field(default=1000, metadata={"help": "steps of linear warm-up, before the cosine"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay, on matrices only"})
-    beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
-    beta2: float = field(default=0.95, metadata={"help": "AdamW beta2"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights; 0 = the last ones"})
-    mixed_precision: Literal["auto", "no", "bf16"] = field(
-        default="auto", metadata={"help": "auto = bf16 where the device computes it in hardware"}
-    )
-    seed: int = field(default=0, metadata={"help": "decides initial weights, data order and every draw"})
-    num_workers: int = field(default=1, metadata={"help": "processes that read data, for each training process"})
-    evaluate_every: int = field(default=1000, metadata={"help": "steps between evaluations, each with a picture"})
-    checkpoint_every: int = field(default=1000, metadata={"help": "steps between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints stay"})
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("min_learning_rate", "warmup_steps", "weight_decay", "num_workers", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+    model: nn.Module
+    learning_rate: float
 
 
-def learning_rate_at(step: int, config: LoopConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine down to the minimum at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    swing = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + swing * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """What a micro-batch gives.
 
-
-def generator_for(*key: int) -> torch.Generator:
-    """A CPU random generator that is a function of these numbers alone."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
-
-
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """This process's share of each step's batch, as (index, epoch) pairs.
-
-    The stream of all epochs' permutations is cut into steps of `batch_size`; process r of n takes each
-    n-th entry from r on. So the order depends on (seed, epoch, position) only: not on the number of
-    processes, and not on where a run was resumed.
+    Attributes:
+        terms: named scalars; "loss" is minimised by the model, the others are logged.
+        opponent: the opponent -> its named scalars, of which "loss" is minimised by it; None while it rests.
     """
 
-    def __init__(self, length: int, config: LoopConfig, first_step: int, rank: int, world_size: int):
-        if config.batch_size % world_size:
-            raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
-        self.length, self.config = length, config
-        self.first_step, self.rank, self.world_size = first_step, rank, world_size
-
-    def __len__(self) -> int:
-        return self.config.steps - self.first_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.config.batch_size
-        current, order = -1, torch.empty(0, dtype=torch.long)
-        for step in range(self.first_step, self.config.steps):
-            share: list[tuple[int, int]] = []
-            for position in range(step * size + self.rank, (step + 1) * size, self.world_size):
-                epoch, offset = divmod(position, self.length)
-                if epoch != current:
-                    current = epoch
-                    order = torch.randperm(self.length, generator=generator_for(self.config.seed, 1, epoch))
-                share.append((int(order[offset]), epoch))
-            yield share
+    terms: dict[str, Tensor]
+    opponent: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """The accelerator that `accelerate launch` or a plain start describes; seeds the global generators."""
+    """The accelerator that `accelerate launch` or a plain start describes; seeds the global generators.
+
+    Raises:
+        InputError: a tracker that accelerate does not know, or whose package is not installed.
+    """
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for name in config.trackers:
+        if name not in known:
+            raise InputError(f"tracker {name!r} is unknown; allowed: {', '.join(known)}")
+        if name not in available:
+            raise InputError(f"tracker {name} is not installed; pip install {name}, or leave it out of --trackers")
     chosen: str = config.mixed_precision
     if chosen == "auto":
         chosen = "bf16" if has_fast_bfloat16(pick_device("auto")) else "no"
     torch.manual_seed(config.seed)
-    return Accelerator(mixed_precision=chosen)
+    folders = ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
+    return Accelerator(mixed_precision=chosen, log_with=list(config.trackers) or None, project_config=folders)
 
 
 def _average(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -142,50 +88,44 @@ def _average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def _make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+def _make_optimizer(model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
 
 
-class Checkpoints:
-    """The folders checkpoints/step-NNNNNNNN of a run; each is complete or absent."""
+class Player:
+    """A model with its optimizer, prepared by accelerate, and the names under which a checkpoint keeps them.
 
-    def __init__(self, output_dir: str | Path, keep: int):
-        self.folder = Path(output_dir) / "checkpoints"
-        self.keep = keep
+    `model` is what accelerate wraps around the module, and `bare` the module itself.
+    """
 
-    def all(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+    def __init__(self, accelerator: Accelerator, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.prefix = prefix
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.bare = accelerator.unwrap_model(self.model)
 
-    def save(self, step: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-        """Write the state after `step` steps and remove those beyond the newest `keep`."""
-        path = self.folder / f"step-{step:08d}"
-        if path.exists():
-            return
-        with folder_written_whole(path) as temporary:
-            save_tensors(temporary / "training.safetensors", tensors)
-            write_text(temporary / "training.json", json.dumps({"step": step, "settings": settings}, indent=1))
-        for partial in self.folder.glob(".step-*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+    def state(self) -> dict[str, Tensor]:
+        """Weights and the optimizer's state, as a checkpoint keeps them."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.bare.named_parameters():
+            state[f"{self.prefix}model.{name}"] = parameter
+            # there is no state yet where the optimizer has not made a step
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"{self.prefix}optimizer.{name}.{key}"] = value
+        return state
 
-    def load(self, settings: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
-        """The newest state; its settings must be those of this run."""
-        found = self.all()
-        if not found:
-            raise InputError(f"nothing to resume in {self.folder}; leave --resume away to start anew")
-        record = read_json(found[-1] / "training.json")
-        for name, value in settings.items():
-            if record["settings"].get(name) != value:
-                raise InputError(
-                    f"{found[-1]} was trained with {name} = {record['settings'].get(name)}, now it is {value}; "
-                    "resume with the same settings or choose another output_dir"
-                )
-        return record["step"], load_tensors(found[-1] / "training.safetensors")
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        for name, parameter in self.bare.named_parameters():
+            parameter.copy_(state[f"{self.prefix}model.{name}"])
+            # fused AdamW keeps all of its state beside the parameter
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{self.prefix}optimizer.{name}.{key}" in state]
+            if keys:
+                self.optimizer.state[parameter] = {
+                    key: state[f"{self.prefix}optimizer.{name}.{key}"].to(parameter.device) for key in keys
+                }
 
 
 class Loop:
@@ -196,36 +136,61 @@ class Loop:
         config: the shared settings.
         accelerator: from `make_accelerator`.
         identity: everything else that must not change on a resume, JSON values.
+        opponent: trained against the model in the steps whose loss gives it something to do.
     """
 
-    def __init__(self, model: nn.Module, config: LoopConfig, accelerator: Accelerator, identity: dict[str, Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoopConfig,
+        accelerator: Accelerator,
+        identity: dict[str, Any],
+        opponent: Opponent | None = None,
+    ):
         self.config, self.accelerator = config, accelerator
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
         self.log = Path(config.output_dir) / "log.jsonl"
         self.step = 0
+        self.plan = StepPlan(config, accelerator.process_index, accelerator.num_processes)
         if not config.resume and self.checkpoints.all():
             raise InputError(
                 f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder"
             )
-        optimizer = _make_optimizer(model, config)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
-        self.ema = AveragedModel(self.bare, multi_avg_fn=_average(config.ema_decay))
+        betas = (config.beta1, config.beta2)
+        optimizer = _make_optimizer(model, config.learning_rate, betas, config.weight_decay)
+        self.player = Player(accelerator, "", model, optimizer)
+        self.opponent: Player | None = None
+        if opponent is not None:
+            rival = _make_optimizer(opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
+            self.opponent = Player(accelerator, "opponent.", opponent.model, rival)
+        self.ema = AveragedModel(self.player.bare, multi_avg_fn=_average(config.ema_decay))
         self.ema.requires_grad_(False).eval()
+        # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
+        self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
+        self._reported = (self.step, time.perf_counter())
         if config.resume:
             self._restore()
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.bare.named_parameters())
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes, with a gradient that is right after gradients were averaged."""
+        if self.accelerator.num_processes == 1:
+            return value
+        own = self.accelerator.num_processes * value
+        total: Tensor = self.accelerator.reduce(value.detach().clone(), "sum")
+        return total.add(own - own.detach())
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of `value` over all processes, without a gradient."""
+        mean: Tensor = self.accelerator.reduce(value.detach().clone(), "mean")
+        return mean
 
     def _state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {f"model.{name}": value for name, value in self._parameters().items()}
+        state = self.player.state()
         state |= {f"ema.{name}": value for name, value in self.ema.module.named_parameters()}
         state["ema_updates"] = self.ema.n_averaged
-        moments = self.optimizer.state
-        for name, parameter in self._parameters().items():
-            state |= {f"optimizer.{name}.{key}": value for key, value in moments[parameter].items()}
+        if self.opponent is not None:
+            state |= self.opponent.state()
         return {name: value.detach() for name, value in state.items()}
 
     @torch.no_grad()
@@ -233,53 +198,55 @@ class Loop:
         self.step, state = self.checkpoints.load(self.settings)
         if self.step > self.config.steps:
             raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give steps of that or more to go on")
-        averaged: dict[str, Tensor] = dict(self.ema.module.named_parameters())
-        for name, parameter in self._parameters().items():
-            parameter.copy_(state[f"model.{name}"])
-            averaged[name].copy_(state[f"ema.{name}"])
-            # fused AdamW keeps all of its state beside the parameter
-            self.optimizer.state[parameter] = {
-                key: state[f"optimizer.{name}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.player.restore(state)
+        if self.opponent is not None:
+            self.opponent.restore(state)
+        for name, parameter in self.ema.module.named_parameters():
+            parameter.copy_(state[f"ema.{name}"])
         self.ema.n_averaged.copy_(state["ema_updates"])
         if self.accelerator.is_main_process and self.log.is_file():
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             write_text(self.log, "".join(kept))
+        self._reported = (self.step, time.perf_counter())
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
     def sampler(self, length: int) -> StepSampler:
-        """The batches that are still to come, for a data set of `length` entries."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return StepSampler(length, self.config, self.step, rank, world_size)
+        """The micro-batches that are still to come, for a data set of `length` entries."""
+        return StepSampler(length, self.plan, self.step)
 
     def run(
         self,
         batches: Iterable[Batch],
-        loss: Callable[[nn.Module, Batch, torch.Generator], dict[str, Tensor]],
+        loss: Callable[[nn.Module, Batch, Part], StepLoss],
         evaluate: Callable[[Any, int], dict[str, Any]],
         export: Callable[[Any], None],
     ) -> None:
         """Train to the last step.
 
         Args:
-            batches: one for each step that is left, from `sampler`.
-            loss: (model, batch, rng) -> named scalars; "loss" is minimised, the others are logged.
+            batches: the micro-batches that are left, from `sampler`.
+            loss: (model, micro-batch, its place in the step) -> what is to be minimised.
             evaluate: (averaged model, step) -> figures for the log; also writes pictures. Main process only.
             export: (averaged model) -> writes the model for its users. Main process only.
         """
         config, accelerator = self.config, self.accelerator
         main = accelerator.is_main_process
-        self.model.train()
+        if config.trackers:
+            accelerator.init_trackers("channeltok", config={k: str(v) for k, v in self.settings.items()})
+        self.player.model.train()
+        stream = iter(batches)
         with (
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, smoothing=0.05) as bar,
         ):
-            for batch in batches:
-                self._step(batch, loss, bar)
+            while self.step < config.steps:
+                self._step(stream, loss, bar)
                 last = self.step == config.steps
                 if main and (self.step % config.evaluate_every == 0 or last):
-                    self._append({"step": self.step, "evaluation": evaluate(self.ema.module, self.step)})
+                    figures = evaluate(self.ema.module, self.step)
+                    self._append({"step": self.step, "evaluation": figures})
+                    self._track({f"evaluation/{name}": value for name, value in figures.items()})
                     export(self.ema.module)
                 if main and (self.step % config.checkpoint_every == 0 or last):
                     self.checkpoints.save(self.step, self._state(), self.settings)
@@ -288,22 +255,32 @@ class Loop:
         accelerator.wait_for_everyone()
         accelerator.end_training()
 
-    def _step(
-        self, batch: Batch, loss: Callable[[nn.Module, Batch, torch.Generator], dict[str, Tensor]], bar: Any
-    ) -> None:
+    def _step(self, stream: Iterator[Batch], loss: Callable[[nn.Module, Batch, Part], StepLoss], bar: Any) -> None:
         config, accelerator = self.config, self.accelerator
         rate = learning_rate_at(self.step, config)
-        for group in self.optimizer.param_groups:
+        for group in self.player.optimizer.param_groups:
             group["lr"] = rate
-        rng = generator_for(config.seed, 2, self.step, accelerator.process_index)
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout inside the model
-        with accelerator.autocast():
-            terms = loss(self.model, batch, rng)
-        accelerator.backward(terms["loss"])
-        accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update_parameters(self.bare)
+        parts = self.plan.parts(self.step)
+        found: list[dict[str, Tensor]] = []
+        for i, part in enumerate(parts):
+            dropout = generator_for(config.seed, 4, self.step, accelerator.process_index, i)
+            torch.manual_seed(int(torch.randint(2**62, (), generator=dropout)))
+            with self._synchronised(i == len(parts) - 1):
+                with accelerator.autocast():
+                    result = loss(self.player.model, next(stream), part)
+                accelerator.backward(result.terms["loss"] / len(parts))
+                terms = dict(result.terms)
+                if self.opponent is not None and result.opponent is not None:
+                    with accelerator.autocast():
+                        theirs = result.opponent(self.opponent.model)
+                    accelerator.backward(theirs["loss"] / len(parts))
+                    terms |= {f"opponent_{name}": value for name, value in theirs.items()}
+            found.append({name: value.detach() for name, value in terms.items()})
+        terms = {name: torch.stack([entry[name] for entry in found]).mean() for name in found[0]}
+        self._update(self.player, terms["loss"])
+        if "opponent_loss" in terms and self.opponent is not None:
+            self._update(self.opponent, terms["opponent_loss"])
+        self.ema.update_parameters(self.player.bare)
         self.step += 1
         bar.update()
         # a checkpoint or an export is never written of a run that has gone astray: the report looks first
@@ -311,16 +288,47 @@ class Loop:
         if self.step == config.steps or any(self.step % every == 0 for every in due):
             self._report(terms, rate, bar)
 
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Let gradients be averaged over the processes in the last micro-batch of a step only."""
+        with ExitStack() as stack:
+            players = [self.player] + ([self.opponent] if self.opponent else [])
+            for player in () if last else players:
+                stack.enter_context(self.accelerator.no_sync(player.model))
+            yield
+
+    def _update(self, player: Player, loss: Tensor) -> None:
+        norm = self.accelerator.clip_grad_norm_(player.bare.parameters(), self.config.max_grad_norm)
+        self._healthy &= torch.isfinite(norm) & torch.isfinite(loss)
+        player.optimizer.step()
+        player.optimizer.zero_grad(set_to_none=True)
+
     def _report(self, terms: dict[str, Tensor], rate: float, bar: Any) -> None:
-        values = {name: self.accelerator.reduce(value.detach(), "mean").item() for name, value in terms.items()}
-        if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"the loss is {values['loss']} at step {self.step}; lower learning_rate and --resume "
-                "from the last checkpoint"
-            )
+        values = {name: self.accelerator.reduce(value, "mean").item() for name, value in terms.items()}
+        if self.accelerator.reduce((~self._healthy).float(), "sum").item():
+            raise InputError(self._last_words(values["loss"]))
+        step, before = self._reported
+        self._reported = (self.step, time.perf_counter())
+        speed = (self.step - step) * self.config.batch_size / max(1e-9, self._reported[1] - before)
         if self.accelerator.is_main_process:
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+            shown = {name: f"{value:.3f}" for name, value in values.items()}
+            memory = peak_memory_of_process(self.accelerator.device)
+            bar.set_postfix({"images/s": f"{speed:.0f}", **({"GB": f"{memory / 1e9:.1f}"} if memory else {}), **shown})
             self._append({"step": self.step, "learning_rate": rate, **values})
+            self._track({"learning_rate": rate, "images_per_second": speed, **values})
+
+    def _last_words(self, loss: float) -> str:
+        saved: Sequence[Path] = self.checkpoints.all()
+        where = f"--resume goes on from {saved[-1]}" if saved else "there is no checkpoint yet, so start anew"
+        return (
+            f"a loss or a gradient has become infinite or NaN by step {self.step} (loss {loss:.4g}); {where}; "
+            "take a lower learning_rate or max_grad_norm"
+        )
+
+    def _track(self, values: dict[str, Any]) -> None:
+        if self.config.trackers:
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.accelerator.log({k: v for k, v in numbers.items() if math.isfinite(v)}, step=self.step)
 
     def _append(self, record: dict[str, Any]) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

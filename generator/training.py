@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 from common.checkpoint import folder_written_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil, to_uint8
-from common.training import Loop, LoopConfig, make_accelerator
+from common.steps import LoopConfig, Part
+from common.training import Loop, StepLoss, make_accelerator
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
@@ -126,12 +127,12 @@ def train_generator(
     )
     weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
 
-    def loss(model: nn.Module, batch: TokenBatch, rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         tokens, labels = batch.tokens.to(accelerator.device), batch.labels.to(accelerator.device)
-        dropped = torch.rand(len(labels), generator=rng) < training.label_dropout
+        dropped = torch.rand(part.batch_size, generator=part.rng())[list(part.rows)] < training.label_dropout
         labels = torch.where(dropped.to(labels.device), layout.null_label, labels)
         nats = losses_by_position(model, layout, tokens, labels)
-        return {"loss": (nats * weights).mean(), "nats": nats.mean(), "first": nats[:, 0].mean()}
+        return StepLoss(terms={"loss": (nats * weights).mean(), "nats": nats.mean(), "first": nats[:, 0].mean()})
 
     @torch.no_grad()
     def evaluate(averaged: LlamaForCausalLM, step: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import generator.training
 from common.errors import InputError
-from common.training import LoopConfig, StepSampler
+from common.steps import LoopConfig, StepPlan, StepSampler
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
@@ -286,13 +286,42 @@ def test_a_card_of_another_model_is_refused(
 
 
 def order(
-    rank: int, world_size: int, *, first_step: int = 0, length: int = 10, seed: int = 4
+    rank: int, world_size: int, *, first_step: int = 0, length: int = 10, seed: int = 4, micro: int | None = None
 ) -> list[list[tuple[int, int]]]:
-    config = LoopConfig(output_dir="unused", steps=9, batch_size=4, seed=seed)
-    sampler = StepSampler(length, config, first_step, rank, world_size)
-    steps = list(sampler)
-    assert len(sampler) == len(steps) == 9 - first_step
-    return steps
+    config = LoopConfig(output_dir="unused", steps=9, batch_size=4, seed=seed, micro_batch_size=micro)
+    plan = StepPlan(config, rank, world_size)
+    sampler = StepSampler(length, plan, first_step)
+    batches = list(sampler)
+    parts = len(plan.parts(0))
+    assert len(sampler) == len(batches) == (9 - first_step) * parts
+    return [[entry for part in batches[i : i + parts] for entry in part] for i in range(0, len(batches), parts)]
+
+
+def test_micro_batches_are_the_steps_cut_up() -> None:
+    assert order(0, 1, micro=1) == order(0, 1, micro=2) == order(0, 1)
+    assert order(1, 2, micro=1) == order(1, 2)
+    with pytest.raises(InputError, match="micro_batch_size 3"):
+        order(0, 1, micro=3)
+
+
+def test_what_is_random_about_a_row_hangs_on_its_place_in_the_step_alone() -> None:
+    config = LoopConfig(output_dir="unused", steps=9, batch_size=12, seed=4)
+
+    def drawn(step: int, world_size: int, micro: int | None) -> dict[int, float]:
+        found = {}
+        for rank in range(world_size):
+            plan = StepPlan(dataclasses.replace(config, micro_batch_size=micro), rank, world_size)
+            for part in plan.parts(step):
+                values = torch.rand(part.batch_size, generator=part.rng())
+                found |= {row: values[row].item() for row in part.rows}
+        return found
+
+    whole = drawn(3, 1, None)
+    assert sorted(whole) == list(range(12))
+    assert len(set(whole.values())) == 12
+    for world_size, micro in ((1, 4), (1, 1), (2, None), (3, 2), (4, 1)):
+        assert drawn(3, world_size, micro) == whole
+    assert drawn(4, 1, None) != whole
 
 
 def test_each_epoch_shows_every_image_once() -> None:
@@ -340,14 +369,14 @@ def rate(step, config):
 common.training.learning_rate_at = rate
 """
 KILLED_IN_CHECKPOINT = """
-import os, signal, common.training
-real = common.training.save_tensors
+import os, signal, common.resuming
+real = common.resuming.save_tensors
 def save(path, tensors):
     real(path, tensors)
     if "step-00000016" in str(path):
         path.write_bytes(path.read_bytes()[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
-common.training.save_tensors = save
+common.resuming.save_tensors = save
 """
 KILLED_IN_EXPORT = """
 import os, signal, transformers
@@ -451,7 +480,7 @@ def test_resuming_otherwise_is_refused(
 ) -> None:
     cases = [
         ([killed], "--resume"),
-        ([killed, "--resume", "true", "--learning_rate", "0.02"], "learning_rate"),
+        ([killed, "--resume", "true", "--weight_decay", "0.02"], "weight_decay"),
         ([killed, "--resume", "true", "--hidden_size", "64"], "size"),
         ([tmp_path / "nothing", "--resume", "true"], "nothing to resume"),
     ]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
 from tokenizer import ChannelTokenizer, TokenizerConfig, swap_channels
+from tokenizer.bsq import quantization_losses
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
@@ -130,8 +131,12 @@ def test_training_forward_sees_only_kept_channels(tokenizer, images):
 def test_training_forward_keeps_the_quantizer_in_float32_under_autocast(tokenizer, images):
     keep = torch.ones(3, 8, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = tokenizer(images, keep).quantization
+        vectors = tokenizer(images, keep).vectors
+        terms = quantization_losses(vectors, keep)
+    assert vectors.dtype == torch.float32
     assert {terms.token_entropy.dtype, terms.codebook_entropy.dtype, terms.commitment.dtype} == {torch.float32}
+    outside = quantization_losses(vectors, keep)
+    assert torch.equal(terms.codebook_entropy, outside.codebook_entropy)
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (3, 9), (3,), (3, 8, 1)])

@@ -15,7 +15,7 @@ FLAGS = [
     *("--encoder-widths", 32, 32, "--decoder-widths", 32),
     *("--steps", 8, "--batch-size", 4, "--warmup-steps", 2, "--learning-rate", 0.002, "--ema-decay", 0.9),
     *("--checkpoint-every", 2, "--evaluate-every", 4, "--validation-images", 4, "--entropy-group-bits", 4),
-    *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3),
+    *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none"),
 ]
 
 # the process ends itself as `kill -9` would: between two steps, or with a checkpoint half written
@@ -31,13 +31,13 @@ training.Loop._step = dying
 """
 KILL_IN_CHECKPOINT = """
 import os, signal
-from common import training
-save = training.save_tensors
+from common import resuming
+save = resuming.save_tensors
 def dying(path, tensors):
     save(path, tensors)
     if "step-00000006" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-training.save_tensors = dying
+resuming.save_tensors = dying
 """
 
 
@@ -165,8 +165,8 @@ def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(train, halted, unbro
 
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
-    [("--learning-rate", 0.001, "learning_rate"), ("--seed", 4, "seed"), ("--num-bits", 5, "model"),
-     ("--l2-weight", 2, "loss"), ("--mask-probability", 0.25, "tail_drop")],
+    [("--weight-decay", 0.001, "weight_decay"), ("--seed", 4, "seed"), ("--num-bits", 5, "model.num_bits"),
+     ("--l2-weight", 2, "loss.l2_weight"), ("--mask-probability", 0.25, "tail_drop.mask_probability")],
 )  # fmt: skip
 def test_a_resume_with_other_settings_is_refused(train, unbroken, flag, value, named):
     before = everything(unbroken)

@@ -4,6 +4,7 @@ One latent channel, flattened, is projected to `n` numbers and put on the unit s
 the code, so the codebook of 2**n codes needs no table. A code packs into one integer, its token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,50 +50,71 @@ class QuantizationLosses:
     commitment: Tensor
 
 
-def _entropy(probabilities: Tensor) -> Tensor:
-    """Entropy in nats over the last axis; the clamp keeps the logarithm of an empty code finite."""
-    return -(probabilities * probabilities.clamp_min(1e-5).log()).sum(-1)
-
-
-def _code_probabilities(vectors: Tensor, scale: float) -> Tensor:
-    """Soft assignment of (t g) entries to all 2**g sign patterns: (t 2**g).
-
-    A softmax over codes of scale * <u, c> is a product of independent bits, so it is built up bit by bit.
-    """
-    ones = torch.sigmoid(scale * vectors)
-    zeros = torch.sigmoid(-scale * vectors)
-    table = torch.ones_like(vectors[:, :1])
-    for one, zero in zip(ones.unbind(-1), zeros.unbind(-1), strict=True):
-        table = rearrange(torch.stack([table * zero[:, None], table * one[:, None]], dim=-1), "t k z -> t (k z)")
+def _pattern_probabilities(log_odds: Tensor) -> Tensor:
+    """Independent bits (t g), by their log-odds, to the odds of each of their patterns: (t 2**g)."""
+    table = log_odds.new_ones(len(log_odds), 1)
+    for bit in log_odds.unbind(-1):
+        both = torch.stack([table * torch.sigmoid(-bit)[:, None], table * torch.sigmoid(bit)[:, None]], dim=-1)
+        table = rearrange(both, "t k z -> t (k z)")
     return table
 
 
+def _mean_probabilities(log_odds: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over t of all patterns' odds, for independent bits (t g) and weights (t,): (2**g,).
+
+    A pattern's odds are the product of its two halves' odds, so the sum over t is one matrix product of two
+    tables of 2**(g/2) columns; the table of t * 2**g numbers is never there.
+    """
+    first, second = log_odds.tensor_split([log_odds.shape[-1] // 2], dim=-1)
+    return ((_pattern_probabilities(first) * weights[:, None]).T @ _pattern_probabilities(second)).flatten()
+
+
 def quantization_losses(
-    vectors: Tensor, keep: Tensor, inverse_temperature: float = 100.0, group_bits: int = 8
+    vectors: Tensor,
+    keep: Tensor,
+    inverse_temperature: float = 100.0,
+    group_bits: int = 8,
+    sum_over_processes: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> QuantizationLosses:
     """Entropy and commitment terms of the channels that were kept.
 
-    The soft assignment of a vector u to a code c is softmax(2 * inverse_temperature * <u, c>). Bits are
-    taken in groups of at most `group_bits`: the entropy of a token is the sum over its groups exactly,
-    that of the codebook is bounded by it; one group of all bits gives the full table of 2**n codes.
+    The soft assignment of a vector u to a code c is softmax(2 * inverse_temperature * <u, c>), a product of
+    independent bits. So the entropy of a token is the sum of its bits' entropies, exactly. The codebook's
+    is that of the mean assignment over all kept tokens of all processes, taken over groups of bits whose
+    entropies are added: an upper bound, and exact where one group holds all bits. Needs b * c * 2**(group_bits/2)
+    + 2**group_bits numbers; no table of all codes for all tokens. Computes in float32, also under autocast.
 
     Args:
         vectors: (b, c, n) on the unit sphere, float32.
         keep: (b, c) bool; dropped channels take no part. At least one is kept.
         inverse_temperature: sharpness of the assignment.
-        group_bits: largest group; memory is b * c * 2**group_bits numbers.
+        group_bits: most bits in a group, 1..16.
+        sum_over_processes: tensor -> its sum over all training processes, whose gradients are averaged
+            afterwards (`common.training.Loop.sum_over_processes`); for one process the tensor itself.
     """
     num_bits = vectors.shape[-1]
-    kept = vectors[keep]
-    scale = 4 * inverse_temperature * num_bits**-0.5
-    num_groups = -(-num_bits // group_bits)
-    token_entropy = codebook_entropy = kept.new_zeros(())
-    for group in kept.tensor_split(num_groups, dim=-1):
-        probabilities = _code_probabilities(group, scale)
-        token_entropy = token_entropy + _entropy(probabilities).mean()
-        codebook_entropy = codebook_entropy + _entropy(probabilities.mean(0))
-    commitment = (kept - signs_to_codes(kept).detach()).square().mean()
-    return QuantizationLosses(token_entropy=token_entropy, codebook_entropy=codebook_entropy, commitment=commitment)
+    with torch.autocast(vectors.device.type, enabled=False):
+        # a selection first and weights later: shapes that depend on data would stall a GPU and break a compiled graph
+        kept = torch.where(keep[..., None], vectors, torch.zeros((), dtype=vectors.dtype, device=vectors.device))
+        kept, weights = rearrange(kept, "b c n -> (b c) n"), keep.flatten().to(vectors.dtype)
+        count = sum_over_processes(weights.sum())
+
+        def mean(values: Tensor) -> Tensor:
+            return sum_over_processes((values * weights).sum()) / count
+
+        log_odds = 4 * inverse_temperature * num_bits**-0.5 * kept
+        bit_entropies = F.softplus(log_odds) - log_odds * torch.sigmoid(log_odds)
+        codebook_entropy = kept.new_zeros(())
+        for group in log_odds.tensor_split(-(-num_bits // group_bits), dim=-1):
+            probabilities = sum_over_processes(_mean_probabilities(group, weights)) / count
+            # the clamp keeps the logarithm of a code with no odds at all, and its gradient, finite
+            logarithms = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+            codebook_entropy = codebook_entropy - (probabilities * logarithms).sum()
+        return QuantizationLosses(
+            token_entropy=mean(bit_entropies.sum(-1)),
+            codebook_entropy=codebook_entropy,
+            commitment=mean((kept - signs_to_codes(kept).detach()).square().mean(-1)),
+        )
 
 
 class BinarySphericalQuantizer(nn.Module):

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from common.errors import InputError
 from common.images import UnreadableImageError, load_image
-from common.training import generator_for
+from common.steps import generator_for
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,7 @@ from common.errors import InputError
 from tokenizer.autoencoder import Decoder, Encoder
 from tokenizer.bsq import (
     BinarySphericalQuantizer,
-    QuantizationLosses,
     pack_bits,
-    quantization_losses,
     signs_to_codes,
     straight_through,
     unpack_bits,
@@ -28,10 +26,10 @@ from tokenizer.tail_drop import drop_tail, prefix_mask
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOutput:
-    """What a training step sees: images (b 3 H W) in [-1, 1] and the quantizer's terms (scalars)."""
+    """What a training step sees: images (b 3 H W) in [-1, 1] and vectors (b c n), unquantized, on the unit sphere."""
 
     images: Tensor
-    quantization: QuantizationLosses
+    vectors: Tensor
 
 
 def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -83,22 +81,16 @@ class ChannelTokenizer(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Keep PyTorch's own initialisation of each layer (transformers would draw normals of 0.02)."""
 
-    def forward(
-        self, images: Tensor, keep: Tensor, inverse_temperature: float = 100.0, group_bits: int = 8
-    ) -> TrainingOutput:
+    def forward(self, images: Tensor, keep: Tensor) -> TrainingOutput:
         """Reconstruct through the quantizer with gradients, channels outside `keep` dropped.
 
         Args:
             images: (b 3 H W) in [-1, 1].
             keep: (b c) bool, from `tail_drop.prefix_mask`.
-            inverse_temperature: see `bsq.quantization_losses`.
-            group_bits: see `bsq.quantization_losses`.
         """
-        latents = self.encode(images)
-        vectors = self.quantizer.to_sphere(latents)
+        vectors = self.quantizer.to_sphere(self.encode(images))
         quantized = self.quantizer.to_latents(straight_through(vectors))
-        losses = quantization_losses(vectors, keep, inverse_temperature, group_bits)
-        return TrainingOutput(images=self.decode(drop_tail(quantized, keep)), quantization=losses)
+        return TrainingOutput(images=self.decode(drop_tail(quantized, keep)), vectors=vectors)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (b 3 H W) in [-1, 1] -> latents (b c h w), before quantization."""

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from tqdm import tqdm
 from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
-from common.training import Loop, LoopConfig, make_accelerator
+from common.runtime import check_can_compile
+from common.steps import LoopConfig, Part
+from common.training import Loop, Opponent, StepLoss, make_accelerator
 from tokenizer.config import TokenizerConfig
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, listing_fingerprint, open_split
+from tokenizer.discriminator import (
+    GanConfig,
+    PatchDiscriminator,
+    discriminator_loss,
+    gradient_ratio,
+    judge_without_learning,
+    last_layer_gradients,
+)
 from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
+from tokenizer.perceptual import PerceptualDistance
 from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -32,6 +44,9 @@ class TokenizerTrainingConfig(LoopConfig):
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
     validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
+    channels_last: bool = field(
+        default=False, metadata={"help": "keep feature maps channels last: faster on GPUs, much slower on CPUs"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +94,7 @@ def train_tokenizer(
     model_config: TokenizerConfig,
     loss_config: TokenizerLossConfig,
     tail_drop: TailDropConfig,
+    gan: GanConfig,
 ) -> None:
     """Train a `ChannelTokenizer` and write it to training.output_dir.
 
@@ -93,14 +109,29 @@ def train_tokenizer(
     output_dir = Path(training.output_dir)
     identity = {
         "model": model_config.architecture(),
-        "loss": asdict(loss_config),
+        "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
         "tail_drop": asdict(tail_drop),
+        "gan": asdict(gan),
         "images": listing_fingerprint(train_folder),
     }
+    gan.check_image_size(model_config.image_size)
+    memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+    perceptual = None
+    if loss_config.perceptual == "lpips":
+        perceptual = PerceptualDistance(loss_config.perceptual_weights).to(accelerator.device)
     model = ChannelTokenizer(model_config)
+    nn.Module.to(model, memory_format=memory_format)
+    opponent = None
+    if gan.gan_weight > 0:
+        discriminator = PatchDiscriminator(gan).to(memory_format=memory_format)
+        opponent = Opponent(model=discriminator, learning_rate=gan.gan_learning_rate)
     if training.compile:
+        check_can_compile(accelerator.device)
+        if gan.gan_weight > 0 and gan.gan_weighting == "adaptive":
+            # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
+            torch._functorch.config.donated_buffer = False  # noqa: SLF001
         model.compile()
-    loop = Loop(model, training, accelerator, identity)
+    loop = Loop(model, training, accelerator, identity, opponent)
     unreadable = UnreadableFiles(training.strict)
 
     images = ImageDataset(train_folder, model_config.image_size, flip_seed=training.seed, replace_unreadable=True)
@@ -119,15 +150,28 @@ def train_tokenizer(
         held, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=collate
     )
 
-    def loss(model: nn.Module, batch: ImageBatch, rng: torch.Generator) -> dict[str, Tensor]:
+    def loss(model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
         unreadable.note(batch)
         if not len(batch.images):
             raise InputError(f"no image of {train_folder.root} can be read; see the lines above")
-        inputs = to_float(batch.images.to(accelerator.device, non_blocking=True))
-        lengths = draw_num_tokens(len(inputs), model_config.num_channels, tail_drop, rng)
-        keep = prefix_mask(lengths, model_config.num_channels).to(accelerator.device)
-        output = model(inputs, keep, loss_config.inverse_temperature, loss_config.entropy_group_bits)
-        return tokenizer_loss(output, inputs, loss_config)
+        inputs = to_float(batch.images.to(accelerator.device, non_blocking=True)).contiguous(
+            memory_format=memory_format
+        )
+        drawn = draw_num_tokens(part.batch_size, model_config.num_channels, tail_drop, part.rng())
+        keep = prefix_mask(drawn[list(part.rows)], model_config.num_channels).to(accelerator.device)
+        output = model(inputs, keep)
+        terms = tokenizer_loss(output, inputs, keep, loss_config, perceptual, loop.sum_over_processes)
+        if loop.opponent is None or part.step < gan.gan_start_step:
+            return StepLoss(terms=terms)
+        adversarial = -judge_without_learning(loop.opponent.bare, output.images).float().mean()
+        weight: Tensor = torch.as_tensor(gan.gan_weight, device=accelerator.device)
+        if gan.gan_weighting == "adaptive":
+            last_layer = loop.player.bare.decoder.trunk[-1].weight
+            gradients = last_layer_gradients(terms["reconstruction"], adversarial, last_layer)
+            weight = weight * gradient_ratio(*map(loop.mean_over_processes, gradients))
+        terms["loss"] = terms["loss"] + weight * adversarial
+        terms |= {"adversarial": adversarial, "gan_weight": weight}
+        return StepLoss(terms=terms, opponent=partial(discriminator_loss, images=inputs, reconstructed=output.images))
 
     def evaluate(averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
         lengths = evaluation_lengths(model_config.num_channels)

@@ -1,0 +1,154 @@
+"""What happens at which step of a run: settings, schedule, data order, draws.
+
+Everything random is a function of (seed, step), and the data order one of (seed, epoch), so a run that is
+killed and resumed, or that is spread over more processes, goes through the same numbers as one that is not;
+no state of any random generator is kept.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings that both training scripts share. A step is one optimizer step over `batch_size` images."""
+
+    output_dir: str = field(metadata={"help": "folder for the model, checkpoints, pictures and log.jsonl"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    steps: int = field(default=100_000, metadata={"help": "optimizer steps in all"})
+    batch_size: int = field(default=256, metadata={"help": "images a step, over all processes together"})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "images that a process handles at a time, gradients being added up; default: all of its own"},
+    )
+    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the last step"})
+    warmup_steps: int = field(default=1000, metadata={"help": "steps of linear warm-up, before the cosine"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay, on matrices only"})
+    beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
+    beta2: float = field(default=0.95, metadata={"help": "AdamW beta2"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights; 0 = the last ones"})
+    mixed_precision: Literal["auto", "no", "bf16"] = field(
+        default="auto", metadata={"help": "auto = bf16 where the device computes it in hardware"}
+    )
+    seed: int = field(default=0, metadata={"help": "decides initial weights, data order and every draw"})
+    num_workers: int = field(default=1, metadata={"help": "processes that read data, for each training process"})
+    evaluate_every: int = field(default=1000, metadata={"help": "steps between evaluations, each with a picture"})
+    checkpoint_every: int = field(default=1000, metadata={"help": "steps between checkpoints"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints stay"})
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "accelerate's trackers to log to, for example tensorboard or wandb"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise InputError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("min_learning_rate", "warmup_steps", "weight_decay", "num_workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+def learning_rate_at(step: int, config: LoopConfig) -> float:
+    """Linear warm-up to the peak, then half a cosine down to the minimum at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    swing = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + swing * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU random generator that is a function of these numbers alone."""
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One micro-batch of a step: which rows of the step's whole batch this process has before it.
+
+    What is random about a row is drawn for the whole batch and the rows are picked from it, so that it
+    depends on neither the number of processes nor the size of a micro-batch.
+    """
+
+    seed: int
+    step: int
+    rows: range
+    batch_size: int
+
+    def rng(self) -> torch.Generator:
+        """A fresh CPU generator, the same for all parts of a step: draw `batch_size` rows, then pick `rows`."""
+        return generator_for(self.seed, 2, self.step)
+
+
+class StepPlan:
+    """How a step's batch is shared: process r of n takes each n-th row from r on, in micro-batches.
+
+    Raises:
+        InputError: a batch that does not divide among the processes, or their shares into micro-batches.
+    """
+
+    def __init__(self, config: LoopConfig, rank: int, world_size: int):
+        share, rest = divmod(config.batch_size, world_size)
+        if rest:
+            raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
+        micro = config.micro_batch_size or share
+        if share % micro:
+            raise InputError(
+                f"micro_batch_size {micro} does not divide the {share} images of a process "
+                f"(batch_size {config.batch_size}, {world_size} processes)"
+            )
+        rows = range(rank, config.batch_size, world_size)
+        self.config = config
+        self.shares = [rows[start : start + micro] for start in range(0, share, micro)]
+
+    def parts(self, step: int) -> list[Part]:
+        """This process's micro-batches of a step."""
+        seed, size = self.config.seed, self.config.batch_size
+        return [Part(seed=seed, step=step, rows=rows, batch_size=size) for rows in self.shares]
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """This process's micro-batches of all steps to come, as lists of (index, epoch).
+
+    The stream of all epochs' permutations is cut into steps of `batch_size` rows. So the order depends on
+    (seed, epoch, position) only: not on the number of processes, and not on where a run was resumed.
+    """
+
+    def __init__(self, length: int, plan: StepPlan, first_step: int):
+        self.length, self.plan, self.first_step = length, plan, first_step
+
+    def __len__(self) -> int:
+        return (self.plan.config.steps - self.first_step) * len(self.plan.shares)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        config = self.plan.config
+        current, order = -1, torch.empty(0, dtype=torch.long)
+        for step in range(self.first_step, config.steps):
+            for rows in self.plan.shares:
+                batch: list[tuple[int, int]] = []
+                for row in rows:
+                    epoch, offset = divmod(step * config.batch_size + row, self.length)
+                    if epoch != current:
+                        current = epoch
+                        order = torch.randperm(self.length, generator=generator_for(config.seed, 1, epoch))
+                    batch.append((int(order[offset]), epoch))
+                yield batch
