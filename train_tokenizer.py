@@ -1,4 +1,4 @@
-"""Train a tokenizer on a folder of images: see `--help`, configs/ and docs/training.md."""
+"""Train a tokenizer on images: see `--help`, configs/ and docs/training.md."""
 
 from common import cli, runtime
 from tokenizer.config import TokenizerConfig
@@ -7,12 +7,13 @@ from tokenizer.losses import TokenizerLossConfig
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
 
+CONFIGS = (TokenizerTrainingConfig, TokenizerConfig, TokenizerLossConfig, TailDropConfig, GanConfig)
+
 
 def main() -> None:
     """Parse, then train."""
     runtime.set_up_logging()
-    parts = (TokenizerTrainingConfig, TokenizerConfig, TokenizerLossConfig, TailDropConfig, GanConfig)
-    train_tokenizer(*cli.parse(*parts, description=__doc__))
+    train_tokenizer(*cli.parse(*CONFIGS, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""The training loop with everything on: an opponent, micro-batches, several processes, real kills, trackers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPO
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tokenizer import ChannelTokenizer
+
+MODEL = [
+    *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4),
+    *("--encoder-widths", 32, 32, "--decoder-widths", 32),
+]
+FLAGS = [
+    *MODEL,
+    *("--steps", 6, "--batch-size", 8, "--warmup-steps", 2, "--learning-rate", 0.002, "--ema-decay", 0.9),
+    *("--checkpoint-every", 1, "--evaluate-every", 6, "--validation-images", 4, "--entropy-group-bits", 3),
+    *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none", "--keep-checkpoints", 3),
+]
+GAN = ["--gan-weight", 0.1, "--gan-start-step", 2, "--gan-width", 32, "--gan-layers", 1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for name in ("hen", "tench"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC).save(
+                    folder / split / name / f"{i:02d}.png"
+                )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(scripts, data):
+    def run(output_dir, *more, before=""):
+        done = scripts(
+            "train_tokenizer.py", "--data-dir", data, "--output-dir", output_dir, *FLAGS, *more, before=before
+        )
+        assert "Traceback" not in done.err, done.err
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def with_opponent(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opponent") / "run"
+    assert train(folder, *GAN, "--gan-weighting", "adaptive").code == 0
+    return folder
+
+
+def curve(folder):
+    """The figures of each step's report."""
+    return [r for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def close(found, expected, rtol):
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=rtol, abs=rtol), (name, theirs["step"])
+
+
+def torchrun(data, output_dir, processes, *more):
+    words = ["--nproc_per_node", processes, "--standalone", REPO / "train_tokenizer.py"]
+    words += ["--data-dir", data, "--output-dir", output_dir, *FLAGS, *more]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_two_processes_give_the_loss_curve_of_one(data, with_opponent, tmp_path):
+    done = torchrun(data, tmp_path / "two", 2, *GAN, "--gan-weighting", "adaptive")
+    assert done.returncode == 0, done.stderr
+    close(curve(tmp_path / "two"), curve(with_opponent), rtol=2e-4)
+    one, two = (load_file(folder / "model.safetensors") for folder in (with_opponent, tmp_path / "two"))
+    assert all(np.allclose(one[name], two[name], atol=2e-3) for name in one)
+    assert any((one[name] != two[name]).any() for name in one)  # it was another sum, not another copy
+
+
+def test_micro_batches_give_the_loss_curve_of_whole_batches(train, tmp_path):
+    flags = ("--entropy-weight", 0, "--commitment-weight", 0, *GAN)
+    for name, more in (("whole", ()), ("parts", ("--micro-batch-size", 2))):
+        assert train(tmp_path / name, *flags, *more).code == 0
+    quantizer = {"token_entropy", "codebook_entropy", "commitment"}  # these are each micro-batch's own
+    whole, parts = (
+        [{k: v for k, v in record.items() if k not in quantizer} for record in curve(tmp_path / name)]
+        for name in ("whole", "parts")
+    )
+    close(parts, whole, rtol=2e-4)
+
+
+def test_the_opponent_waits_for_its_step_and_learns_from_there(with_opponent):
+    records = curve(with_opponent)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        plays = record["step"] > 2
+        assert all((name in record) == plays for name in ("adversarial", "gan_weight", "opponent_loss"))
+    checkpoints = {
+        path.name: load_file(path / "training.safetensors") for path in (with_opponent / "checkpoints").iterdir()
+    }
+    first, last = (checkpoints[name]["opponent.model.trunk.0.weight"] for name in ("step-00000004", "step-00000006"))
+    assert (first != last).any()
+    assert checkpoints["step-00000006"]["opponent.optimizer.trunk.0.weight.step"] == 4
+    assert records[-1]["gan_weight"] != pytest.approx(0.1)  # adaptive
+
+
+def test_the_opponent_changes_the_model_and_the_model_folder_holds_none_of_it(train, with_opponent, tmp_path):
+    assert train(tmp_path / "alone").code == 0
+    alone, against = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", with_opponent))
+    assert alone.keys() == against.keys()
+    assert any((alone[name] != against[name]).any() for name in alone)
+    ChannelTokenizer.from_pretrained(with_opponent)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, with_opponent, tmp_path, seed):
+    rng, folder, kills = random.Random(seed), tmp_path / "run", 0
+    flags = ("--data-dir", data, "--output-dir", folder, *FLAGS, *GAN, "--gan-weighting", "adaptive")
+    checkpoints = folder / "checkpoints"
+    for _ in range(8):
+        before = set(checkpoints.glob("step-*"))
+        resume = ("--resume",) if before else ()
+        process = subprocess.Popen(
+            scripts.command("train_tokenizer.py", [*flags, *resume]),
+            env=scripts.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # the clock starts when the run has got somewhere, or most kills would fall into imports
+        while process.poll() is None and set(checkpoints.glob("step-*")) == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+        for path in checkpoints.glob("step-*"):
+            assert {file.name for file in path.iterdir()} == {"training.safetensors", "training.json"}
+    else:
+        done = scripts("train_tokenizer.py", *flags, "--resume")
+        assert done.code == 0, done.err
+    assert kills >= 1
+    for name in ("model.safetensors", "log.jsonl", "checkpoints/step-00000006/training.safetensors"):
+        assert (folder / name).read_bytes() == (with_opponent / name).read_bytes(), name
+
+
+def test_a_run_that_goes_astray_stops_and_names_the_last_good_checkpoint(train, tmp_path):
+    poison = """
+import torch
+from tokenizer import training
+real = training.tokenizer_loss
+def loss(output, *more):
+    terms = real(output, *more)
+    with open("count", "a+") as file:
+        file.write("x")
+        steps = file.tell()
+    if steps == 4:
+        terms["loss"] = terms["loss"] * float("nan")
+    return terms
+training.tokenizer_loss = loss
+"""
+    folder = tmp_path / "run"
+    before = f"import os; os.chdir({str(tmp_path)!r})\n" + poison
+    done = train(folder, "--checkpoint-every", 3, before=before)
+    assert done.code == 2, done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("train_tokenizer.py: error: ")
+    assert str(folder / "checkpoints" / "step-00000003") in line
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (folder / "model.safetensors").exists()
+    resumed = train(folder, "--checkpoint-every", 3, "--resume", "--learning-rate", 0.001)
+    assert resumed.code == 0, resumed.err
+
+
+def test_tensorboard_gets_the_figures_of_the_log(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    assert train(folder, "--trackers", "tensorboard").code == 0
+    (events,) = folder.rglob("events.out.tfevents.*.0")
+    found = EventAccumulator(str(events.parent)).Reload()
+    losses = {event.step: event.value for event in found.Scalars("loss")}
+    assert losses == pytest.approx({record["step"]: record["loss"] for record in curve(folder)}, rel=1e-5)
+    assert {"evaluation/psnr_k1", "images_per_second", "learning_rate"} <= set(found.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--trackers", "tensorbord"), "tensorboard"),
+        (("--trackers", "comet_ml"), "not installed"),
+        (("--micro-batch-size", 3), "micro_batch_size 3"),
+        (("--micro-batch-size", 0), "micro_batch_size"),
+        (("--gan-weight", 0.1), "gan_layers"),
+        (("--perceptual", "lpips", "--perceptual-weights", "missing.pth"), "missing.pth"),
+        (("--perceptual-weights", "missing.pth"), "perceptual is none"),
+    ],
+)
+def test_bad_settings_are_one_line_and_leave_nothing(train, tmp_path, flags, named):
+    done = train(tmp_path / "run", *flags)
+    assert done.code == 2
+    assert done.err.count("\n") == 1, done.err
+    assert named in done.err
+    assert not (tmp_path / "run").exists()
