@@ -1,5 +1,9 @@
-"""Measure. speed: how fast tokens and pictures are drawn, by several samplers; `benchmark.py speed --help`."""
+"""Measure. speed: how fast tokens and pictures are drawn; reconstruction: how good pictures of k tokens are.
 
+`benchmark.py speed --help` and `benchmark.py reconstruction --help` tell the flags of each.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,8 @@ from generator.speed import SpeedConfig, Subject, measure_speed, write_report
 from tokenizer import ChannelTokenizer
 from tokenizer.decoding import PictureDecoder
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
+from tokenizer.reconstruction import DataConfig, ReconstructionConfig, measure_reconstruction
+from tokenizer.reconstruction import write_report as write_reconstruction_report
 
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
@@ -95,11 +101,24 @@ def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     write_report(measure_speed(subject, config), what.output_dir, cli.command_line())
 
 
+def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
+    """Load, measure, write."""
+    tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
+    write_reconstruction_report(measure_reconstruction(tokenizer, data, config), config.output_dir, cli.command_line())
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
+    "speed": (speed, (SubjectConfig, SpeedConfig)),
+    "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
+}
+
+
 def main() -> None:
     """Parse, and do what the first word says."""
     runtime.set_up_logging()
-    command, settings = cli.parse_command({"speed": (SubjectConfig, SpeedConfig)}, description=__doc__)
-    {"speed": speed}[command](*settings)
+    kinds = {name: flags for name, (_, flags) in COMMANDS.items()}
+    command, settings = cli.parse_command(kinds, description=__doc__)
+    COMMANDS[command][0](*settings)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,18 @@ def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[s
     return state
 
 
+@contextmanager
+def as_torch_file(tensors: dict[str, Tensor]) -> Iterator[Path]:
+    """Yield a temporary .pth file of these tensors, for a library that reads weights from a path and from nothing else.
+
+    Its folder is open to this user alone, and gone when the block ends.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(tensors, path)
+        yield path
+
+
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that stand for a model's weights: names, shapes, types and every byte."""
     digest = hashlib.sha256()

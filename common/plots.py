@@ -8,22 +8,28 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from common.checkpoint import written_whole
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, told apart
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, GRID = "#333333", "#dddddd"
+MAX_TICKS = 16
 LIMIT: dict[str, Any] = {"color": "#777777", "linewidth": 1.2, "linestyle": ":"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One small plot. `lines`: for each name its points (x, y); `limit`: a bound, drawn thin and dotted."""
+    """One small plot.
+
+    `lines`: for each name its points (x, y); `limit`: a bound, drawn thin and dotted; `y_scale`: log or linear.
+    """
 
     title: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     limit: Sequence[tuple[float, float]] = ()
+    y_scale: str = "log"
 
 
 def save_line_plot(
@@ -32,23 +38,28 @@ def save_line_plot(
     *,
     title: str,
     x_label: str,
-    y_label: str,
-    limit_label: str,
     columns: int,
+    y_label: str = "",
+    limit_label: str = "",
     dashed: Collection[str] = (),
+    log2_x: bool = False,
+    share_y: bool = True,
 ) -> None:
-    """Draw panels side by side, `columns` in a row, with common axes (y logarithmic), colours and one legend.
+    """Draw panels side by side, `columns` in a row, with common colours and one legend.
 
-    Every x of the data is a tick. A name keeps its colour and marker in all panels; those in `dashed` are
-    drawn so.
+    Every x of the data is a tick and has a marker, up to 16 of them. A name keeps its colour and marker in all panels;
+    those in `dashed` are drawn so. `log2_x`: each doubling of x takes the same room. `share_y`: one range of y for
+    all panels. A legend is drawn only where it tells something: for several names, or a limit.
     """
+    ticks = sorted({x for panel in panels for points in panel.lines.values() for x, _ in points})
+    few = len(ticks) <= MAX_TICKS
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     styles: dict[str, dict[str, Any]] = {
         name: {
             "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
+            "marker": MARKERS[i % len(MARKERS)] if few else "",
             "markersize": 4.5,
-            "linewidth": 1.8,
+            "linewidth": 1.8 if few else 1.2,
             "linestyle": "--" if name in dashed else "-",
         }
         for i, name in enumerate(names)
@@ -57,12 +68,15 @@ def save_line_plot(
     # a figure with a canvas of its own: pyplot's global state and its choice of a window system stay out of it
     figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    ticks = sorted({x for panel in panels for points in panel.lines.values() for x, _ in points})
+    axes = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
         axis.set_title(panel.title, fontsize=10, color=INK)
-        axis.set_yscale("log")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yscale(panel.y_scale)
+        if log2_x:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_minor_locator(NullLocator())
+        if few:
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(which="major", color=GRID, linewidth=0.8)
         axis.grid(which="minor", axis="y", color=GRID, linewidth=0.4)
@@ -82,8 +96,8 @@ def save_line_plot(
     if any(panel.limit for panel in panels):
         handles.append(Line2D([], [], label=limit_label, **LIMIT))
     figure.suptitle(title, fontsize=11, color=INK)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(1 + columns, len(handles)), frameon=False, fontsize=9
-    )
+    if len(handles) > 1:
+        ncols = min(1 + columns, len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ CLASS_NAMES = [
 # them once and forks for each run; the fork runs the script's file as __main__, as a user's shell would.
 FORK_SERVER = """
 import json, os, runpy, sys, traceback
-import accelerate, torchvision, generator.session, generator.training, tokenizer.extraction
+import accelerate, torchvision, common.plots, generator.session, generator.training, tokenizer.extraction
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -248,3 +249,26 @@ def token_store(
         store.write_shard(split, 0, tokens[:40], labels[:40], [])
         store.write_shard(split, 1, tokens[40:], labels[40:], [])
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of torch-fidelity's InceptionV3 with random weights, scaled so that signals pass through."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    class Random(inception.FeatureExtractorInceptionV3):
+        """As it is before any weights are loaded."""
+
+        def load_state_dict(self, state_dict: Any, *arguments: Any, **options: Any) -> Any:
+            return None
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(4)
+        network = Random("inception", ["2048"], str(folder / "empty.pth"))
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5)
+    torch.save(network.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"

@@ -28,17 +28,20 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
+        state = None if weights is None else load_foreign_state(weights)
         from torchmetrics.functional.image.lpips import _LPIPS  # takes seconds, and only this class needs it
 
         try:
-            network = _LPIPS(net="vgg", pnet_rand=weights is not None, use_dropout=False)
+            # its dropout never drops (see `train`), but without it torchmetrics' names of the trained layer weights
+            # do not fit, and it would silently leave them random
+            network = _LPIPS(net="vgg", pnet_rand=weights is not None, use_dropout=True)
         except (URLError, OSError) as error:
             raise InputError(
                 f"the VGG weights of LPIPS cannot be downloaded ({error}); give a copy of torchvision's "
                 "vgg16-397923af.pth with --perceptual-weights, or --perceptual none"
             ) from error
-        if weights is not None:
-            _load_vgg(network.net, weights)
+        if state is not None:
+            _load_vgg(network.net, state, weights)
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
@@ -55,12 +58,8 @@ class PerceptualDistance(nn.Module):
         return distances.flatten()
 
 
-def _load_vgg(network: nn.Module, path: str | Path) -> None:
-    found = {
-        name.removeprefix(VGG_FEATURES): value
-        for name, value in load_foreign_state(path).items()
-        if name.startswith(VGG_FEATURES)
-    }
+def _load_vgg(network: nn.Module, state: dict[str, Tensor], path: str | Path | None) -> None:
+    found = {name.removeprefix(VGG_FEATURES): value for name, value in state.items() if name.startswith(VGG_FEATURES)}
     # the network is cut into slices, in which every layer keeps its number: "slice2.5.weight" is "5.weight"
     expected = {name.split(".", 1)[1]: value for name, value in network.state_dict().items()}
     wrong = sorted(

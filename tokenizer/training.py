@@ -28,6 +28,7 @@ from tokenizer.discriminator import (
     last_layer_gradients,
 )
 from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
+from tokenizer.metrics import evaluation_lengths, psnr_by_length
 from tokenizer.perceptual import PerceptualDistance
 from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
@@ -52,32 +53,6 @@ class TokenizerTrainingConfig(LoopConfig):
         super().__post_init__()
         if self.validation_images < 1:
             raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
-
-
-def evaluation_lengths(num_channels: int) -> list[int]:
-    """1, 4, 16, 64, ... and num_channels: the k at which quality is reported."""
-    lengths = []
-    k = 1
-    while k < num_channels:
-        lengths.append(k)
-        k *= 4
-    return [*lengths, num_channels]
-
-
-@torch.no_grad()
-def psnr_by_length(tokenizer: ChannelTokenizer, images: Tensor, lengths: list[int]) -> dict[int, Tensor]:
-    """Peak signal-to-noise ratio in dB of 8-bit reconstructions from the first k tokens, for each k: (b,).
-
-    images: (b 3 H W) uint8. Each image is encoded once.
-    """
-    device = tokenizer.device
-    tokens = tokenizer.tokenize(to_float(images.to(device)))
-    ratios = {}
-    for k in lengths:
-        decoded = to_uint8(tokenizer.detokenize(tokens[:, :k]))
-        error = (decoded.float() - images.to(device).float()).square().mean((1, 2, 3))
-        ratios[k] = 10 * torch.log10(255**2 / error.clamp_min(1e-10))
-    return ratios
 
 
 def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path) -> None:

@@ -7,26 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.checkpoint import write_text
 from common.plots import Panel, save_line_plot
+from common.runtime import machine
 from generator.speed.measure import Row, SpeedResults
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "channeltok")
 SETTING = ("dtype", "batch_size", "cfg_scale")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: the device's name as people know it, and how many threads torch uses on the CPU."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": name, "gpu": gpu, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
 def content(results: SpeedResults, command: str) -> dict[str, Any]:

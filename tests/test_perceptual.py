@@ -1,0 +1,173 @@
+"""tokenizer/perceptual.py: LPIPS against its formula over torchvision's VGG-16, and weights from a file."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from oracles import pictures as oracle
+from torch import Tensor, nn
+from torchvision.models import vgg16
+
+from common.checkpoint import save_tensors
+from common.errors import InputError
+from tokenizer.perceptual import PerceptualDistance
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_initial_values() -> Iterator[None]:
+    """VGG's 138 million first values take seconds to draw, and whatever is not read from a file must not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "kaiming_normal_", "uniform_", "kaiming_uniform_"):
+            patch.setattr(torch.nn.init, name, lambda tensor, *arguments, **options: tensor)
+        yield
+
+
+@pytest.fixture(scope="module")
+def vgg() -> nn.Module:
+    """The convolutions of torchvision's VGG-16, random, scaled so that signals pass through."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            features = vgg16(weights=None).features
+        features = features.to_empty(device="cpu")
+        for parameter in features.parameters():
+            parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5 if parameter.ndim == 4 else 0.1)
+    return features.eval()
+
+
+@pytest.fixture(scope="module")
+def vgg_weights(vgg: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As torchvision stores them: the convolutions, and a classifier that LPIPS has no use for."""
+    state = {f"features.{name}": value for name, value in vgg.state_dict().items()}
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({**state, "classifier.0.weight": torch.zeros(2, 2)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def distance(vgg_weights: Path) -> PerceptualDistance:
+    return PerceptualDistance(vgg_weights)
+
+
+def pair(batch_size: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(6)
+    images = torch.rand(batch_size, 3, size, size, generator=rng) * 2 - 1
+    noise = torch.randn(images.shape, generator=rng)
+    return images, (images + 0.3 * noise).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_the_distance_is_the_formula_s(vgg: nn.Module, distance: PerceptualDistance, size: int) -> None:
+    images, others = pair(3, size)
+    features = copy.deepcopy(vgg).double()
+    weights = [layer.model[-1].weight.flatten() for layer in distance.network.lins]  # type: ignore[union-attr]
+    assert all(bool((weight >= 0).all()) and float(weight.sum()) > 0 for weight in weights)  # trained, not random
+    with torch.no_grad():
+        expected = [oracle.lpips(features, weights, *both) for both in zip(images, others, strict=True)]
+        found = distance(images, others)
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert len({round(value, 6) for value in expected}) == 3
+    assert min(expected) > 0.01
+
+
+def test_equal_pictures_are_at_distance_zero_and_order_does_not_matter(distance: PerceptualDistance) -> None:
+    images, others = pair(2)
+    with torch.no_grad():
+        assert distance(images, images).tolist() == [0, 0]
+        torch.testing.assert_close(distance(images, others), distance(others, images))
+
+
+def test_weights_from_either_kind_of_file_give_the_same(
+    distance: PerceptualDistance, vgg: nn.Module, tmp_path: Path
+) -> None:
+    save_tensors(tmp_path / "vgg.safetensors", {f"features.{name}": value for name, value in vgg.state_dict().items()})
+    other = PerceptualDistance(tmp_path / "vgg.safetensors")
+    with torch.no_grad():
+        assert torch.equal(other(*pair(2)), distance(*pair(2)))
+
+
+def without(state: dict[str, Tensor]) -> None:
+    del state["features.28.bias"]
+
+
+def added(state: dict[str, Tensor]) -> None:
+    state["features.31.weight"] = torch.zeros(1)
+
+
+def misshapen(state: dict[str, Tensor]) -> None:
+    state["features.0.weight"] = torch.zeros(64, 3, 5, 5)
+
+
+def empty(state: dict[str, Tensor]) -> None:
+    state.clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(without, "28.bias"), (added, "31.weight"), (misshapen, "0.weight"), (empty, "26 weights")],
+)
+def test_a_file_that_does_not_hold_vgg_is_refused(vgg: nn.Module, tmp_path: Path, change: Any, named: str) -> None:
+    state = {f"features.{name}": value for name, value in vgg.state_dict().items()}
+    change(state)
+    save_tensors(tmp_path / "other.safetensors", state)
+    with pytest.raises(InputError, match="holds no VGG-16") as refusal:
+        PerceptualDistance(tmp_path / "other.safetensors")
+    assert named in str(refusal.value)
+    assert "vgg16-397923af.pth" in str(refusal.value)
+
+
+class Spy:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_never_run(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": Spy(tmp_path / "was-run")}, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match="was not opened"):
+        PerceptualDistance(tmp_path / "vgg.pth")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_without_a_download_one_line_says_what_to_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_network(*arguments: Any, **options: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(InputError, match="--perceptual-weights, or --perceptual none"):
+        PerceptualDistance()
+
+
+def test_it_stays_in_evaluation_mode_and_frozen(distance: PerceptualDistance) -> None:
+    model = nn.Sequential(distance)
+    model.train()
+    assert not any(module.training for module in distance.modules())
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_gradients_reach_the_pictures_and_nothing_else(distance: PerceptualDistance) -> None:
+    images, others = pair(2)
+    images.requires_grad_()
+    distance(images, others).sum().backward()
+    assert images.grad is not None
+    assert (images.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(parameter.grad is None for parameter in distance.parameters())
+
+
+def test_it_computes_in_float32_also_under_autocast(distance: PerceptualDistance) -> None:
+    images, others = pair(1)
+    with torch.no_grad():
+        expected = distance(images, others)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(distance(images, others), expected)
+        assert distance(images.bfloat16(), others.bfloat16()).dtype == torch.float32

@@ -1,0 +1,66 @@
+"""How near a reconstruction is to its picture, image by image; on 8-bit pictures, as they are stored and shown."""
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.images import to_float, to_uint8
+from tokenizer.tokenizer import ChannelTokenizer
+
+PEAK = 255.0
+SSIM_WINDOW = 11
+
+
+def evaluation_lengths(num_channels: int) -> list[int]:
+    """1, 4, 16, 64, ... and num_channels: the k at which quality is reported."""
+    lengths = []
+    k = 1
+    while k < num_channels:
+        lengths.append(k)
+        k *= 4
+    return [*lengths, num_channels]
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB: (b 3 H W) uint8, twice -> (b,). Equal pictures have 148."""
+    error = (images.float() - others.float()).square().mean((1, 2, 3))
+    ratios: Tensor = 10 * torch.log10(PEAK**2 / error.clamp_min(1e-10))
+    return ratios
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair, in [-1, 1]: (b 3 H W) uint8, twice -> (b,); 1 for equal ones.
+
+    The mean over pixels and colours, with a Gaussian window of 11 x 11 (standard deviation 1.5), K1 0.01, K2 0.03, and
+    pictures mirrored beyond their border, by torchmetrics. (Wang, Bovik, Sheikh, Simoncelli, 2004.)
+
+    Raises:
+        InputError: pictures smaller than the window.
+    """
+    check_ssim_size(min(images.shape[-2:]))
+    # takes seconds, and not everything that imports this module needs it
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    similarity = structural_similarity_index_measure(
+        images.float(), others.float(), gaussian_kernel=True, sigma=1.5, data_range=PEAK, reduction="none"
+    )
+    if not isinstance(similarity, Tensor):
+        raise TypeError("torchmetrics gave more than the similarity")
+    return similarity
+
+
+def check_ssim_size(image_size: int) -> None:
+    """Refuse pictures in which no window of SSIM has a place."""
+    if image_size < SSIM_WINDOW:
+        raise InputError(f"pictures have {image_size} pixels a side; SSIM needs at least {SSIM_WINDOW}")
+
+
+@torch.no_grad()
+def psnr_by_length(tokenizer: ChannelTokenizer, images: Tensor, lengths: list[int]) -> dict[int, Tensor]:
+    """Peak signal-to-noise ratio in dB of 8-bit reconstructions from the first k tokens, for each k: (b,).
+
+    images: (b 3 H W) uint8. Each image is encoded once.
+    """
+    images = images.to(tokenizer.device)
+    tokens = tokenizer.tokenize(to_float(images))
+    return {k: psnr(to_uint8(tokenizer.detokenize(tokens[:, :k])), images) for k in lengths}

@@ -1,0 +1,188 @@
+"""What a measurement leaves: results.json (everything), results.md (a table), plots and a sheet of pictures."""
+
+import json
+import logging
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import write_text
+from common.images import captioned_table, save_png, to_pil
+from common.plots import Panel, save_line_plot
+from common.runtime import machine
+from tokenizer.reconstruction.measure import ReconstructionResults
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "channeltok")
+FEW_IMAGES = 10_000
+METHODS = {
+    "psnr": "mean over images of the dB of 8-bit pictures, peak 255",
+    "ssim": "torchmetrics: Gaussian window 11 x 11, sigma 1.5, data range 255, border mirrored; mean over images",
+    "lpips": "torchmetrics: VGG-16, on 8-bit pictures; mean over images",
+    "rfid": "InceptionV3 of torch-fidelity, layer 2048; Fréchet distance in float64, by singular values",
+}
+COLUMNS = {
+    "psnr": ("PSNR, dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "lpips": ("LPIPS (VGG)", "{:.4f}"),
+    "rfid": ("rFID", "{:.2f}"),
+    "bits_per_pixel": ("bits per pixel", "{:.4f}"),
+    "codebook_use": ("codes used", "{:.1%}"),
+}
+PANELS = {
+    "psnr": ("PSNR, dB (higher is better)", "linear"),
+    "ssim": ("SSIM (higher is better)", "linear"),
+    "lpips": ("LPIPS, VGG (lower is better)", "linear"),
+    "rfid": ("rFID (lower is better)", "log"),
+}
+
+
+def channel_gain(curve: Sequence[float]) -> list[float | None] | None:
+    """Mean PSNR at k = 1..C -> what each channel adds to those before it, in dB; nothing is before the first one.
+
+    None for an empty curve.
+    """
+    if not curve:
+        return None
+    return [None, *(after - before for before, after in pairwise(curve))]
+
+
+def content(results: ReconstructionResults, command: str) -> dict[str, Any]:
+    """What results.json holds.
+
+    rows: one for each k, see `measure._row`; null is "not measured". images: N, of all rows. codebook: see
+    `CodebookCounts.summary`. channel_gain: dB by channel, the first null, over `curve.images` images.
+    """
+    measured = [name for name in METHODS if results.rows[0][name] is not None]
+    return {
+        "rows": results.rows,
+        "images": results.images,
+        "unreadable": results.unreadable,
+        "reference": results.reference,
+        "methods": {name: METHODS[name] if name in measured else None for name in METHODS},
+        "tokenizer": results.tokenizer,
+        "codebook": results.codebook,
+        "channel_gain": channel_gain(results.curve),
+        "curve": {"images": results.curve_images, "psnr": results.curve},
+        "settings": results.config,
+        "command": command,
+        "machine": machine(results.device),
+        "device": str(results.device),
+        "dtype": results.config["dtype"],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "seconds": results.seconds,
+        "images_per_second": results.images / results.seconds,
+    }
+
+
+def _measured(found: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [name for name in names if found["rows"][0][name] is not None]
+
+
+def _where(found: dict[str, Any]) -> str:
+    """Which images: how many, and of what."""
+    reference = found["reference"]
+    of_all = "" if found["images"] == reference["available"] else f" of {reference['available']:,}, spread evenly"
+    return f"{found['images']:,} images{of_all} ({reference['name']})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(found: dict[str, Any]) -> str:
+    """results.md: a line for each k, and under it what the figures rest on."""
+    model, book, reference = found["tokenizer"], found["codebook"], found["reference"]
+    names = _measured(found, tuple(COLUMNS))
+    heads = {name: COLUMNS[name][0] for name in names}
+    if "rfid" in heads:
+        heads["rfid"] = f"rFID, N = {found['images']:,}"
+    lines = [f"# Reconstruction: {model['name']}", "", f"`{found['command']}`", ""]
+    lines += [_line(["k", *heads.values()]), "|" + " --- |" * (1 + len(heads))]
+    for row in found["rows"]:
+        lines.append(_line([str(row["num_tokens"]), *(COLUMNS[name][1].format(row[name]) for name in names)]))
+    unread = found["unreadable"]["count"]
+    lines += [
+        "",
+        f"N = {_where(found)}, fingerprint {reference['fingerprint']}; {unread or 'none'} unreadable. "
+        f"Prepared: {reference['preparation']}. Tokenizer: {model['image_size']}x{model['image_size']}, "
+        f"C = {model['num_channels']}, {model['num_bits']} bits, fingerprint {model['fingerprint']}. "
+        f"Decoded in {found['dtype']} on {found['machine']['gpu'] or found['machine']['cpu']}, "
+        f"torch {found['versions']['torch']}.",
+        "",
+        f"Codebook: {book['use']:.1%} of {book['codes']:,} codes occur among {book['tokens_counted']:,} tokens. "
+        "Codes used: those that occur among the first k channels of these images.",
+        "",
+        *(f"{COLUMNS[name][0].split(',')[0]}: {text}." for name, text in found["methods"].items() if text),
+    ]
+    if "rfid" in heads:
+        lines.append(f"rFID compares with the same {found['images']:,} images, as the tokenizer sees them.")
+        if found["images"] < FEW_IMAGES:
+            lines += ["", f"**{_few_images(found['images'])}**"]
+    absent = [COLUMNS[name][0] for name in METHODS if name not in names]
+    if absent:
+        lines += ["", f"Not measured: {', '.join(absent)}."]
+    return "\n".join([*lines, ""])
+
+
+def _few_images(count: int) -> str:
+    return (
+        f"N = {count:,} is below {FEW_IMAGES:,}: rFID is biased upwards at so few images and can only be compared with "
+        "figures of the same N and the same images."
+    )
+
+
+def _plots(found: dict[str, Any], folder: Path) -> None:
+    """plots.png, codebook.png and, where a curve was measured, channel_gain.png."""
+    model, book, curve = found["tokenizer"], found["codebook"], found["curve"]
+    name, about = model["name"], f"{model['name']}: {_where(found)}"
+    channels = range(1, model["num_channels"] + 1)
+    panels = []
+    for metric in _measured(found, tuple(PANELS)):
+        title, y_scale = PANELS[metric]
+        title += f", N = {found['images']:,}" if metric == "rfid" else ""
+        points = [(row["num_tokens"], row[metric]) for row in found["rows"]]
+        panels.append(Panel(title=title, lines={name: points}, y_scale=y_scale))
+    title = f"Reconstruction from k tokens\n{about}"
+    _save_plot(panels, folder / "plots.png", title, "k, tokens kept", log2_x=True)
+
+    panels = []
+    for measure, title in (("entropy_bits", f"entropy, of {model['num_bits']} bits"), ("use", "share of codes used")):
+        points = list(zip(channels, book["by_channel"][measure], strict=True))
+        most = book["limit_by_channel"][measure]
+        limit = [(channels[0], most), (channels[-1], most)]
+        panels.append(Panel(title=title, lines={name: points}, limit=limit, y_scale="linear"))
+    limit_label = f"most that {found['images']:,} images can show"
+    _save_plot(panels, folder / "codebook.png", f"Codes by channel\n{about}", "channel", limit_label=limit_label)
+
+    if found["channel_gain"]:
+        points = list(zip(channels, curve["psnr"], strict=True))
+        gains = list(zip(channels, found["channel_gain"], strict=True))[1:]
+        panels = [
+            Panel(title="PSNR, dB", lines={name: points}, y_scale="linear"),
+            Panel(title="gain of each further channel, dB", lines={name: gains}, y_scale="linear"),
+        ]
+        title = f"What each channel adds\n{name}: {curve['images']} images, every k from 1 to {channels[-1]}"
+        _save_plot(panels, folder / "channel_gain.png", title, "k, tokens kept")
+
+
+def _save_plot(panels: list[Panel], path: Path, title: str, x_label: str, **options: Any) -> None:
+    save_line_plot(panels, path, title=title, x_label=x_label, columns=2, share_y=False, **options)
+
+
+def write_report(results: ReconstructionResults, output_dir: str | Path, command: str) -> None:
+    """Write everything into a folder, each file whole; `command` is what the reader can repeat."""
+    folder, found = Path(output_dir), content(results, command)
+    write_text(folder / "results.json", json.dumps(found, indent=1))
+    write_text(folder / "results.md", table(found))
+    _plots(found, folder)
+    if results.sheet:
+        labels = [*(f"k={row['num_tokens']}" for row in results.rows), "original"]
+        rows = [[to_pil(image) for image in row] for row in results.sheet]
+        save_png(captioned_table(rows, column_labels=labels), folder / "reconstructions.png")
+    if found["rows"][0]["rfid"] is not None and found["images"] < FEW_IMAGES:
+        logger.warning("%s", _few_images(found["images"]))
+    logger.info("results.json, results.md and pictures written to %s, after %.0f s", folder, results.seconds)
