@@ -8,6 +8,7 @@ held to MAX_SCANNED_PIXELS. All that remains is linear in the file's bytes and t
 """
 
 import io
+import logging
 import os
 import struct
 import threading
@@ -63,7 +64,8 @@ def decode(content: bytes) -> Image.Image:
     """
     if not content:
         raise ValueError("the file is empty")
-    with warnings.catch_warnings():
+    is_tiff = content[:2] in (b"II", b"MM")
+    with _silent_tiff() if is_tiff else nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -75,8 +77,7 @@ def decode(content: bytes) -> Image.Image:
                 _check_png_is_whole(content)
             if file.format in ("JPEG", "MPO"):
                 _check_scans(content, file.width * file.height)
-            with _no_stderr() if file.format == "TIFF" else nullcontext():
-                file.load()
+            file.load()
             return _as_rgb(_upright(file))
 
 
@@ -114,15 +115,18 @@ def _check_scans(content: bytes, pixels: int) -> None:
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
-    # libtiff writes its complaints to the process's error output and Pillow offers no way to stop it
+def _silent_tiff() -> Iterator[None]:
+    # libtiff writes its complaints to the process's error output, and Pillow one of its own to a log; all of
+    # them end in an exception as well
+    log = logging.getLogger("PIL.TiffImagePlugin")
     with _stderr_in_use:
         try:
             kept = os.dup(2)
-        except OSError:  # there is none
+        except OSError:  # the process has none
             yield
             return
         nowhere = os.open(os.devnull, os.O_WRONLY)
+        log.addFilter(_drop)
         try:
             os.dup2(nowhere, 2)
             yield
@@ -130,6 +134,11 @@ def _no_stderr() -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(nowhere)
             os.close(kept)
+            log.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _upright(file: ImageFile.ImageFile) -> Image.Image:

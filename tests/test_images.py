@@ -365,7 +365,7 @@ def test_no_other_program_is_started_for_a_file(monkeypatch):
         load_image(content, 8)
 
 
-def test_what_pillow_and_libtiff_complain_about_stays_off_the_terminal(capfd, recwarn):
+def test_what_pillow_and_libtiff_complain_about_stays_off_the_terminal(capfd, recwarn, caplog):
     content = bytearray(content_of(quarters(), "TIFF", compression="tiff_lzw"))
     rng = random.Random(0)
     refused = 0
@@ -378,6 +378,11 @@ def test_what_pillow_and_libtiff_complain_about_stays_off_the_terminal(capfd, re
         except UnreadableImageError:
             refused += 1
     assert refused > 20
+    samples = content.index(struct.pack("<HHL", 277, 3, 1)) + 8  # how many there are to a pixel
+    content[samples : samples + 2] = b"\x03\x10"
+    with pytest.raises(UnreadableImageError):
+        load_image(bytes(content), 8)
+    assert not caplog.records
     os.write(2, b"stderr is still open\n")
     assert capfd.readouterr() == ("", "stderr is still open\n")
     assert not recwarn.list
