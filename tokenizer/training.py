@@ -15,8 +15,9 @@ from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.training import Loop, LoopConfig, make_accelerator
 from tokenizer.config import TokenizerConfig
-from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, listing_fingerprint, open_split
+from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate
 from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
+from tokenizer.sources import DataConfig, open_source
 from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -28,7 +29,6 @@ PICTURE_ROWS = 8
 class TokenizerTrainingConfig(LoopConfig):
     """Settings of train_tokenizer.py beside the model's, the loss's and the tail drop's."""
 
-    data_dir: str = field(metadata={"help": "folder with train/<class>/* and val/<class>/*"})
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
     validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
@@ -79,6 +79,8 @@ def train_tokenizer(
     model_config: TokenizerConfig,
     loss_config: TokenizerLossConfig,
     tail_drop: TailDropConfig,
+    data: DataConfig,
+    augmentation: AugmentationConfig,
 ) -> None:
     """Train a `ChannelTokenizer` and write it to training.output_dir.
 
@@ -88,14 +90,15 @@ def train_tokenizer(
     Raises:
         InputError: settings or data that cannot be used; nothing is written then.
     """
-    train_folder, val_folder = open_split(training.data_dir, "train"), open_split(training.data_dir, "val")
+    train_source, val_source = open_source(data, "train"), open_source(data, "val")
     accelerator = make_accelerator(training)
     output_dir = Path(training.output_dir)
     identity = {
         "model": model_config.architecture(),
         "loss": asdict(loss_config),
         "tail_drop": asdict(tail_drop),
-        "images": listing_fingerprint(train_folder),
+        "augmentation": asdict(augmentation),
+        "images": train_source.fingerprint(),
     }
     model = ChannelTokenizer(model_config)
     if training.compile:
@@ -103,7 +106,8 @@ def train_tokenizer(
     loop = Loop(model, training, accelerator, identity)
     unreadable = UnreadableFiles(training.strict)
 
-    images = ImageDataset(train_folder, model_config.image_size, flip_seed=training.seed, replace_unreadable=True)
+    size, seed = model_config.image_size, training.seed
+    images = ImageDataset(train_source, size, augmentation=augmentation, seed=seed, replace_unreadable=True)
     batches = DataLoader(
         images,
         batch_sampler=loop.sampler(len(images)),
@@ -112,7 +116,7 @@ def train_tokenizer(
         pin_memory=accelerator.device.type == "cuda",
     )
     # validation images spread evenly over the classes, the same ones every time
-    held = ImageDataset(val_folder, model_config.image_size, flip_seed=None, replace_unreadable=False)
+    held = ImageDataset(val_source, size, augmentation=None, seed=seed, replace_unreadable=False)
     count = min(training.validation_images, len(held))
     chosen = [(i * len(held) // count, 0) for i in range(count)]
     held_batches: Any = DataLoader(
@@ -122,7 +126,7 @@ def train_tokenizer(
     def loss(model: nn.Module, batch: ImageBatch, rng: torch.Generator) -> dict[str, Tensor]:
         unreadable.note(batch)
         if not len(batch.images):
-            raise InputError(f"no image of {train_folder.root} can be read; see the lines above")
+            raise InputError(f"no image of {train_source.name} can be read; see the lines above")
         inputs = to_float(batch.images.to(accelerator.device, non_blocking=True))
         lengths = draw_num_tokens(len(inputs), model_config.num_channels, tail_drop, rng)
         keep = prefix_mask(lengths, model_config.num_channels).to(accelerator.device)
@@ -140,7 +144,7 @@ def train_tokenizer(
                 for k, values in psnr_by_length(averaged, batch.images, lengths).items():
                     found[k].append(values)
         if not shown:
-            raise InputError(f"no image of {val_folder.root} can be read; see the lines above")
+            raise InputError(f"no image of {val_source.name} can be read; see the lines above")
         picture = output_dir / "reconstructions" / f"step-{step:08d}.png"
         reconstruction_sheet(averaged, torch.stack(shown[:PICTURE_ROWS]), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}
