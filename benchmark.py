@@ -20,8 +20,9 @@ from generator.speed import SpeedConfig, Subject, measure_speed, write_report
 from tokenizer import ChannelTokenizer
 from tokenizer.decoding import PictureDecoder
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
-from tokenizer.reconstruction import DataConfig, ReconstructionConfig, measure_reconstruction
+from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction
 from tokenizer.reconstruction import write_report as write_reconstruction_report
+from tokenizer.sources import DataConfig
 
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000

@@ -1,4 +1,4 @@
-"""Turn a folder of images into a token store with a trained tokenizer: see `--help` and docs/training.md."""
+"""Turn images into a token store with a trained tokenizer: see `--help` and docs/training.md."""
 
 import logging
 from dataclasses import dataclass, field
@@ -10,10 +10,11 @@ from tqdm import tqdm
 from common import cli, runtime
 from common.checkpoint import fingerprint, folder_written_whole, read_json, save_pretrained_whole
 from common.errors import InputError
-from generator.tokens import SPLITS, StoreHeader, TokenStore
+from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer
-from tokenizer.data import UnreadableFiles, listing_fingerprint, open_split
+from tokenizer.data import UnreadableFiles
 from tokenizer.extraction import tokenize_files
+from tokenizer.sources import SPLITS, DataConfig, open_source
 
 logger = logging.getLogger("tokenizer.extract_tokens")
 
@@ -23,10 +24,12 @@ class ExtractionConfig:
     """Flags of extract_tokens.py."""
 
     tokenizer: str = field(metadata={"help": "tokenizer folder, or its name on the Hugging Face hub"})
-    data_dir: str = field(metadata={"help": "folder with train/<class>/* and val/<class>/*"})
     output_dir: str = field(metadata={"help": "folder of the token store; one that was begun is continued"})
     class_names: str | None = field(
-        default=None, metadata={"help": "JSON file that gives class folders a readable name; default: folder names"}
+        default=None,
+        metadata={
+            "help": "JSON file that gives classes a readable name; default: names of the folders or of --dataset"
+        },
     )
     views: Literal["none", "flip"] = field(default="none", metadata={"help": "flip: store the mirror image as well"})
     shard_size: int = field(default=10_000, metadata={"help": "images a shard"})
@@ -43,22 +46,23 @@ class ExtractionConfig:
 def main() -> None:
     """Parse, then write each shard that is missing."""
     runtime.set_up_logging()
-    (config,) = cli.parse(ExtractionConfig, description=__doc__)
+    config, data = cli.parse(ExtractionConfig, DataConfig, description=__doc__)
     device = runtime.pick_device(config.device)
-    folders = {split: open_split(config.data_dir, split) for split in SPLITS}
-    if folders["train"].classes != folders["val"].classes:
-        raise InputError(f"{config.data_dir}: train/ and val/ hold different class folders; they must be the same")
+    sources = {split: open_source(data, split) for split in SPLITS}
+    train, val = sources["train"], sources["val"]
+    if train.classes != val.classes:
+        raise InputError(f"{train.name} and {val.name} hold different classes; they must be the same")
     names = read_json(config.class_names) if config.class_names else {}
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
     header = StoreHeader(
         tokenizer_fingerprint=fingerprint(tokenizer),
         num_channels=tokenizer.config.num_channels,
         num_bits=tokenizer.config.num_bits,
-        class_names=[str(names.get(name, name)) for name in folders["train"].classes],
+        class_names=[str(names.get(name, name)) for name in train.classes],
         views=config.views,
         shard_size=config.shard_size,
-        split_files={split: len(folder.samples) for split, folder in folders.items()},
-        listings={split: listing_fingerprint(folder) for split, folder in folders.items()},
+        split_files={split: len(source) for split, source in sources.items()},
+        listings={split: source.fingerprint() for split, source in sources.items()},
     )
     store = TokenStore.create(config.output_dir, header)
     if not store.tokenizer_folder.exists():
@@ -72,7 +76,7 @@ def main() -> None:
         files = range(start, min(start + config.shard_size, header.split_files[split]))
         tokens, labels, left_out = tokenize_files(
             tokenizer,
-            folders[split],
+            sources[split],
             files,
             flip=config.views == "flip",
             batch_size=config.batch_size,

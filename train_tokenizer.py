@@ -2,12 +2,22 @@
 
 from common import cli, runtime
 from tokenizer.config import TokenizerConfig
+from tokenizer.data import AugmentationConfig
 from tokenizer.discriminator import GanConfig
 from tokenizer.losses import TokenizerLossConfig
+from tokenizer.sources import DataConfig
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
 
-CONFIGS = (TokenizerTrainingConfig, TokenizerConfig, TokenizerLossConfig, TailDropConfig, GanConfig)
+CONFIGS = (
+    TokenizerTrainingConfig,
+    DataConfig,
+    AugmentationConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TailDropConfig,
+    GanConfig,
+)
 
 
 def main() -> None:

@@ -1,20 +1,49 @@
 """The one place where image files, bytes 0..255 and floats in [-1, 1] become one another."""
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common.checkpoint import written_whole
+from common.image_files import decode, read_file
 
 
 class UnreadableImageError(Exception):
-    """An image file that cannot be decoded; the message names it and says why."""
+    """An image that cannot be decoded: its name and the reason, both printable and on one line."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = _printable(name), _printable(reason)[:300]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A square part of a picture.
+
+    share: its side as a share of the picture's shorter side, in (0, 1].
+    across, down: where it lies, each in [0, 1]: 0 is the left or upper edge, 1 the other, 0.5 the middle.
+    """
+
+    share: float = 1.0
+    across: float = 0.5
+    down: float = 0.5
+
+
+MIDDLE_SQUARE = Crop()
+
+
+def _printable(text: str) -> str:
+    # a file's name or content may hold line breaks, terminal codes, or bytes that are no text at all
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -27,34 +56,35 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow would clip 16-bit grey to 255 instead of scaling it
-    if image.mode not in ("I", "I;16", "I;16B", "I;16L"):
-        return image
-    return Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+def load_image(source: str | Path | bytes, size: int, crop: Crop = MIDDLE_SQUARE, name: str | None = None) -> Tensor:
+    """Read an image as bytes (3, size, size) uint8, RGB.
 
+    Turned as its EXIF note says, cut to a square and scaled; `common.image_files.decode` tells what is done
+    about transparency, other colour modes and animations. The kind of file is told by its content, not its name.
 
-def load_image(path: str | Path, size: int) -> Tensor:
-    """Read an image file as bytes (3, size, size) uint8, RGB.
-
-    Turned as its EXIF note says; the shorter side is scaled to `size`, the middle square is kept.
+    Args:
+        source: a file's path, or its content.
+        size: pixels of a side.
+        crop: the part to keep.
+        name: what an error calls the image; None takes the path.
 
     Raises:
-        UnreadableImageError: not an image, truncated, or too large to be meant.
+        UnreadableImageError: not an image, damaged, cut short, or too large to be meant; nothing else
+            is raised, whatever the file holds.
     """
+    if name is None:
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = _eight_bits(ImageOps.exif_transpose(file)).convert("RGB")
-    except (
-        OSError, ValueError, SyntaxError, UnidentifiedImageError,
-        Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        raise UnreadableImageError(f"{path}: {error}") from error
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+        image = decode(source if isinstance(source, bytes) else read_file(Path(source)))
+    except Exception as error:
+        # Pillow's plugins raise what their code happens to run into: KeyError, struct.error, MemoryError, ...
+        raise UnreadableImageError(name, str(error) or type(error).__name__) from error
+    side = min(image.size) * crop.share
+    left, upper = (image.width - side) * crop.across, (image.height - side) * crop.down
+    # sums of floats may exceed the edge by a rounding error, which Pillow refuses
+    box = (left, upper, min(left + side, image.width), min(upper + side, image.height))
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return rearrange(torch.from_numpy(np.array(square)), "h w c -> c h w")
 
 
 def to_pil(image: Tensor) -> Image.Image:

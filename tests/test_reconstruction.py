@@ -24,10 +24,11 @@ from common.errors import InputError
 from common.fid import FeatureExtractor
 from common.images import load_image, to_float
 from tokenizer import ChannelTokenizer, PictureDecoder
-from tokenizer.reconstruction import DataConfig, ReconstructionConfig, measure, measure_reconstruction, report
+from tokenizer.reconstruction import ReconstructionConfig, measure, measure_reconstruction, report
 from tokenizer.reconstruction.codebook import CodebookCounts
 from tokenizer.reconstruction.data import spread
 from tokenizer.reconstruction.measure import ReconstructionResults, psnr_curve
+from tokenizer.sources import DataConfig
 
 C, BITS, SIZE = 16, 6, 32
 NONE = {"perceptual": "none", "inception": "none"}

@@ -3,12 +3,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from common.images import load_image
 from tokenizer import ChannelTokenizer
-from tokenizer.data import ImageDataset, collate, open_split
 
 FLAGS = [
     *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4),
@@ -282,40 +279,3 @@ def test_a_folder_without_one_readable_image_is_an_error(train, data, tmp_path):
     assert done.code == 2, done.err
     assert "Traceback" not in done.err
     assert str(tmp_path / "data" / "train") in done.err.splitlines()[-1]
-
-
-def test_an_unreadable_image_is_replaced_in_training_and_left_out_otherwise(damaged):
-    folder = open_split(damaged / "train", "")
-    assert folder.classes == ["hen", "tench"]
-    kept = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=True)
-    batch = collate([kept[1, 0], kept[2, 0], kept[12, 0]])
-    expected = [load_image(damaged / "train" / name, 16) for name in ("hen/01.png", "hen/03.png", "tench/00.jpg")]
-    assert torch.equal(batch.images, torch.stack(expected))
-    assert batch.labels.tolist() == [0, 0, 1]
-    assert [str(damaged / "train" / "hen" / "02.jpg") in line for line in batch.unreadable] == [True]
-    left_out = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=False)
-    batch = collate([left_out[2, 0], left_out[12, 0]])
-    assert torch.equal(batch.images, expected[2][None])
-    assert batch.labels.tolist() == [1]
-    assert len(batch.unreadable) == 1
-
-
-def test_mirroring_hangs_on_seed_index_and_epoch_alone(data):
-    folder = open_split(data, "train")
-    plain = ImageDataset(folder, 16, flip_seed=None, replace_unreadable=True)
-
-    def mirrored(seed, keys):
-        flipped = ImageDataset(folder, 16, flip_seed=seed, replace_unreadable=True)
-        found = []
-        for key in keys:
-            image, straight = flipped[key].image, plain[key].image
-            found.append(torch.equal(image, straight.flip(-1)))
-            assert found[-1] or torch.equal(image, straight)
-        return found
-
-    keys = [(i, epoch) for epoch in range(3) for i in range(24)]
-    once = mirrored(0, keys)
-    assert mirrored(0, keys[::-1])[::-1] == once
-    assert mirrored(1, keys) != once
-    assert once[:24] != once[24:48]
-    assert 0.25 < sum(once) / len(once) < 0.75

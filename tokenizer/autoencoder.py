@@ -73,3 +73,11 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         patches = self.trunk(latents)
         return F.pixel_shuffle(patches, self.patch_size).tanh()
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The convolution that gives the pixels."""
+        layer = self.trunk[-1]
+        if not isinstance(layer, nn.Conv2d):
+            raise TypeError("the decoder ends in another layer")
+        return layer

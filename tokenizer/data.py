@@ -1,100 +1,115 @@
-"""Images from a folder: train/<class>/* and val/<class>/*, as torchvision's ImageFolder reads them."""
+"""Images ready for a model: decoded, cut, scaled and mirrored in the processes that load them."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
 from common.errors import InputError
-from common.images import UnreadableImageError, load_image
+from common.images import MIDDLE_SQUARE, Crop, UnreadableImageError, load_image
 from common.steps import generator_for
+from tokenizer.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """What is random about an image in training."""
+
+    random_flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
+    min_crop: float = field(
+        default=1.0,
+        metadata={"help": "smallest share of the shorter side that a random square keeps; 1 = the middle square"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_crop <= 1:
+            raise InputError(f"min_crop is {self.min_crop}; it must be in (0, 1], 1 keeps the middle square")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """images (b 3 H W) uint8, labels (b,) int64, and a line for each file that could not be read."""
+    """images (b 3 H W) uint8, labels (b,) int64, and name: reason for each image that could not be read."""
 
     images: Tensor
     labels: Tensor
-    unreadable: list[str]
+    unreadable: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
     image: Tensor | None
     label: int
-    unreadable: list[str]
-
-
-def open_split(data_dir: str | Path, split: str) -> ImageFolder:
-    """List the image files below data_dir/split, a folder for each class.
-
-    Raises:
-        InputError: no such folder, no class folders, or a class without a single image.
-    """
-    folder = Path(data_dir) / split
-    if not folder.is_dir():
-        raise InputError(f"{folder} is missing; data_dir must hold {split}/<class>/<images>")
-    try:
-        return ImageFolder(str(folder))
-    except (FileNotFoundError, RuntimeError) as error:
-        raise InputError(f"{folder}: {error}; each class folder needs at least one image") from error
-
-
-def listing_fingerprint(folder: ImageFolder) -> str:
-    """16 hexadecimal digits that stand for the names, sizes and classes of a split's files."""
-    digest = hashlib.sha256()
-    for path, label in folder.samples:
-        digest.update(f"{Path(path).name} {Path(path).stat().st_size} {label};".encode())
-    return digest.hexdigest()[:16]
+    unreadable: dict[str, str]
 
 
 class ImageDataset(Dataset[_Sample]):
     """Images by (index, epoch); what is random about an image depends on seed, index and epoch alone.
 
     Args:
-        folder: from `open_split`.
-        image_size: pixels; the middle square of an image, scaled.
-        flip_seed: mirror half of the images at random, by this seed; None never mirrors.
+        source: from `tokenizer.sources.open_source`.
+        image_size: pixels of a side.
+        augmentation: what is random; None takes the middle square of every image as it is.
+        seed: decides the augmentation.
         replace_unreadable: put the next readable image in the place of one that cannot be read;
             otherwise the place stays empty.
     """
 
-    def __init__(self, folder: ImageFolder, image_size: int, *, flip_seed: int | None, replace_unreadable: bool):
-        self.samples = folder.samples
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        *,
+        augmentation: AugmentationConfig | None,
+        seed: int,
+        replace_unreadable: bool,
+    ):
+        self.source = source
         self.image_size = image_size
-        self.flip_seed = flip_seed
+        self.augmentation = augmentation
+        self.seed = seed
         self.replace_unreadable = replace_unreadable
+        self._replaced: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.source)
+
+    def _draw(self, index: int, epoch: int) -> tuple[bool, Crop]:
+        if self.augmentation is None:
+            return False, MIDDLE_SQUARE
+        # the flip is drawn first, and also where it is not wanted: no setting changes what another one draws
+        rng = generator_for(self.seed, 3, index, epoch)
+        flip = bool(torch.rand((), generator=rng) < 0.5) and self.augmentation.random_flip
+        if self.augmentation.min_crop == 1:
+            return flip, MIDDLE_SQUARE
+        share, across, down = torch.rand(3, generator=rng).tolist()
+        lowest = self.augmentation.min_crop
+        return flip, Crop(share=lowest + (1 - lowest) * share, across=across, down=down)
 
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         index, epoch = key
-        unreadable: list[str] = []
+        flip, crop = self._draw(index, epoch)
+        unreadable: dict[str, str] = {}
         for step in range(len(self) if self.replace_unreadable else 1):
-            path, label = self.samples[(index + step) % len(self)]
-            try:
-                image = load_image(path, self.image_size)
-            except UnreadableImageError as error:
-                unreadable.append(str(error))
+            position = (index + step) % len(self)
+            if position in self._replaced:  # was reported by this process, and will not have become readable
                 continue
-            if (
-                self.flip_seed is not None
-                and torch.rand((), generator=generator_for(self.flip_seed, 3, index, epoch)) < 0.5
-            ):
-                image = image.flip(-1)
-            return _Sample(image=image, label=label, unreadable=unreadable)
-        return _Sample(image=None, label=self.samples[index][1], unreadable=unreadable)
+            name = self.source.image_name(position)
+            try:
+                image = load_image(self.source.read(position), self.image_size, crop, name)
+            except UnreadableImageError as error:
+                unreadable[error.name] = error.reason
+                if self.replace_unreadable:
+                    self._replaced.add(position)
+                continue
+            image = image.flip(-1) if flip else image
+            return _Sample(image=image, label=self.source.label(position), unreadable=unreadable)
+        return _Sample(image=None, label=self.source.label(index), unreadable=unreadable)
 
 
 def collate(samples: Sequence[_Sample]) -> ImageBatch:
@@ -103,30 +118,36 @@ def collate(samples: Sequence[_Sample]) -> ImageBatch:
     return ImageBatch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         labels=torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.long),
-        unreadable=[line for sample in samples for line in sample.unreadable],
+        unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
     )
 
 
+def spread(total: int, count: int) -> list[int]:
+    """`count` of 0..total-1, spread evenly, rising; all of them if there are not more."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
 class UnreadableFiles:
-    """Names each unreadable file once, counts them, and stops at the first one if `strict`."""
+    """Names each unreadable image once, counts them, and stops at the first one if `strict`."""
 
     def __init__(self, strict: bool):
         self.strict = strict
-        self.lines: dict[str, None] = {}
+        self.names: dict[str, None] = {}
 
     def note(self, batch: ImageBatch) -> None:
         """Take in what a batch reports.
 
         Raises:
-            InputError: a file is unreadable and `strict` is set, or nothing in the batch is readable.
+            InputError: an image is unreadable and `strict` is set.
         """
-        for line in batch.unreadable:
+        for name, reason in batch.unreadable.items():
             if self.strict:
-                raise InputError(f"unreadable image {line}; remove it, or leave --strict away to skip it")
-            if line not in self.lines:
-                self.lines[line] = None
-                logger.warning("skipped unreadable image %s", line)
+                raise InputError(f"unreadable image {name}: {reason}; remove it, or leave --strict away to skip it")
+            if name not in self.names:
+                self.names[name] = None
+                logger.warning("skipped unreadable image %s: %s", name, reason)
 
     def summary(self) -> dict[str, Any]:
         """Count and names, for a log."""
-        return {"count": len(self.lines), "files": list(self.lines)}
+        return {"count": len(self.names), "files": list(self.names)}

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 
 from common.images import to_float
 from tokenizer.data import ImageDataset, UnreadableFiles, collate
+from tokenizer.sources import ImageSource
 from tokenizer.tokenizer import ChannelTokenizer
 
 
 def tokenize_files(
     tokenizer: ChannelTokenizer,
-    folder: ImageFolder,
+    source: ImageSource,
     files: range,
     *,
     flip: bool,
@@ -24,17 +24,18 @@ def tokenize_files(
 
     Args:
         tokenizer: on the device to use.
-        folder: the split.
-        files: positions in the split's listing.
+        source: the split.
+        files: positions in the split.
         flip: also tokenize every image mirrored, as a second view.
         batch_size: images a pass.
-        num_workers: processes that read files.
-        unreadable: told of each file that cannot be read; such a file gets no row.
+        num_workers: processes that read images.
+        unreadable: told of each image that cannot be read; such an image gets no row.
 
     Returns:
-        tokens (rows, views, C) int64, labels (rows,) int64, and a line for each unreadable file.
+        tokens (rows, views, C) int64, labels (rows,) int64, and a line for each unreadable image.
     """
-    dataset = ImageDataset(folder, tokenizer.config.image_size, flip_seed=None, replace_unreadable=False)
+    size = tokenizer.config.image_size
+    dataset = ImageDataset(source, size, augmentation=None, seed=0, replace_unreadable=False)
     keys = [(index, 0) for index in files]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
@@ -43,7 +44,7 @@ def tokenize_files(
     left_out: list[str] = []
     for batch in loader:
         unreadable.note(batch)
-        left_out += batch.unreadable
+        left_out += [f"{name}: {reason}" for name, reason in batch.unreadable.items()]
         if not len(batch.images):
             continue
         images = to_float(batch.images.to(tokenizer.device))

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,15 @@ from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.runtime import check_can_compile
 from common.steps import LoopConfig, Part
-from common.training import Loop, Opponent, StepLoss, make_accelerator
+from common.training import Loop, StepLoss, make_accelerator
 from tokenizer.config import TokenizerConfig
-from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, listing_fingerprint, open_split
-from tokenizer.discriminator import (
-    GanConfig,
-    PatchDiscriminator,
-    discriminator_loss,
-    gradient_ratio,
-    judge_without_learning,
-    last_layer_gradients,
-)
-from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
+from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate, spread
+from tokenizer.discriminator import GanConfig
+from tokenizer.losses import TokenizerLossConfig
 from tokenizer.metrics import evaluation_lengths, psnr_by_length
-from tokenizer.perceptual import PerceptualDistance
-from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
+from tokenizer.objective import TokenizerObjective
+from tokenizer.sources import DataConfig, open_source
+from tokenizer.tail_drop import TailDropConfig
 from tokenizer.tokenizer import ChannelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +34,6 @@ PICTURE_ROWS = 8
 class TokenizerTrainingConfig(LoopConfig):
     """Settings of train_tokenizer.py beside the model's, the loss's and the tail drop's."""
 
-    data_dir: str = field(metadata={"help": "folder with train/<class>/* and val/<class>/*"})
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
     validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
@@ -66,6 +58,8 @@ def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path
 
 def train_tokenizer(
     training: TokenizerTrainingConfig,
+    data: DataConfig,
+    augmentation: AugmentationConfig,
     model_config: TokenizerConfig,
     loss_config: TokenizerLossConfig,
     tail_drop: TailDropConfig,
@@ -79,7 +73,7 @@ def train_tokenizer(
     Raises:
         InputError: settings or data that cannot be used; nothing is written then.
     """
-    train_folder, val_folder = open_split(training.data_dir, "train"), open_split(training.data_dir, "val")
+    train_source, val_source = open_source(data, "train"), open_source(data, "val")
     accelerator = make_accelerator(training)
     output_dir = Path(training.output_dir)
     identity = {
@@ -87,29 +81,26 @@ def train_tokenizer(
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
         "tail_drop": asdict(tail_drop),
         "gan": asdict(gan),
-        "images": listing_fingerprint(train_folder),
+        "augmentation": asdict(augmentation),
+        "images": train_source.fingerprint(),
     }
     gan.check_image_size(model_config.image_size)
     memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
-    perceptual = None
-    if loss_config.perceptual == "lpips":
-        perceptual = PerceptualDistance(loss_config.perceptual_weights).to(accelerator.device)
     model = ChannelTokenizer(model_config)
     nn.Module.to(model, memory_format=memory_format)
-    opponent = None
-    if gan.gan_weight > 0:
-        discriminator = PatchDiscriminator(gan).to(memory_format=memory_format)
-        opponent = Opponent(model=discriminator, learning_rate=gan.gan_learning_rate)
+    objective = TokenizerObjective(loss_config, tail_drop, gan, accelerator.device)
+    opponent = objective.opponent(memory_format)
     if training.compile:
         check_can_compile(accelerator.device)
-        if gan.gan_weight > 0 and gan.gan_weighting == "adaptive":
+        if gan.gan_weighting == "adaptive":
             # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
             torch._functorch.config.donated_buffer = False  # noqa: SLF001
         model.compile()
     loop = Loop(model, training, accelerator, identity, opponent)
     unreadable = UnreadableFiles(training.strict)
 
-    images = ImageDataset(train_folder, model_config.image_size, flip_seed=training.seed, replace_unreadable=True)
+    size, seed = model_config.image_size, training.seed
+    images = ImageDataset(train_source, size, augmentation=augmentation, seed=seed, replace_unreadable=True)
     batches = DataLoader(
         images,
         batch_sampler=loop.sampler(len(images)),
@@ -118,35 +109,18 @@ def train_tokenizer(
         pin_memory=accelerator.device.type == "cuda",
     )
     # validation images spread evenly over the classes, the same ones every time
-    held = ImageDataset(val_folder, model_config.image_size, flip_seed=None, replace_unreadable=False)
-    count = min(training.validation_images, len(held))
-    chosen = [(i * len(held) // count, 0) for i in range(count)]
+    held = ImageDataset(val_source, size, augmentation=None, seed=seed, replace_unreadable=False)
+    chosen = [(index, 0) for index in spread(len(held), training.validation_images)]
     held_batches: Any = DataLoader(
-        held, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=collate
+        held, batch_sampler=[chosen[i : i + 64] for i in range(0, len(chosen), 64)], collate_fn=collate
     )
 
     def loss(model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
         unreadable.note(batch)
         if not len(batch.images):
-            raise InputError(f"no image of {train_folder.root} can be read; see the lines above")
-        inputs = to_float(batch.images.to(accelerator.device, non_blocking=True)).contiguous(
-            memory_format=memory_format
-        )
-        drawn = draw_num_tokens(part.batch_size, model_config.num_channels, tail_drop, part.rng())
-        keep = prefix_mask(drawn[list(part.rows)], model_config.num_channels).to(accelerator.device)
-        output = model(inputs, keep)
-        terms = tokenizer_loss(output, inputs, keep, loss_config, perceptual, loop.sum_over_processes)
-        if loop.opponent is None or part.step < gan.gan_start_step:
-            return StepLoss(terms=terms)
-        adversarial = -judge_without_learning(loop.opponent.bare, output.images).float().mean()
-        weight: Tensor = torch.as_tensor(gan.gan_weight, device=accelerator.device)
-        if gan.gan_weighting == "adaptive":
-            last_layer = loop.player.bare.decoder.trunk[-1].weight
-            gradients = last_layer_gradients(terms["reconstruction"], adversarial, last_layer)
-            weight = weight * gradient_ratio(*map(loop.mean_over_processes, gradients))
-        terms["loss"] = terms["loss"] + weight * adversarial
-        terms |= {"adversarial": adversarial, "gan_weight": weight}
-        return StepLoss(terms=terms, opponent=partial(discriminator_loss, images=inputs, reconstructed=output.images))
+            raise InputError(f"no image of {train_source.name} can be read; see the lines above")
+        inputs = to_float(batch.images.to(accelerator.device, non_blocking=True))
+        return objective(loop, model, inputs.contiguous(memory_format=memory_format), part)
 
     def evaluate(averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
         lengths = evaluation_lengths(model_config.num_channels)
@@ -155,11 +129,11 @@ def train_tokenizer(
         for batch in tqdm(held_batches, desc="evaluation", leave=False):
             unreadable.note(batch)
             if len(batch.images):
-                shown += [batch.images[i] for i in range(0, len(batch.images), max(1, count // PICTURE_ROWS))]
+                shown += [batch.images[i] for i in range(0, len(batch.images), max(1, len(chosen) // PICTURE_ROWS))]
                 for k, values in psnr_by_length(averaged, batch.images, lengths).items():
                     found[k].append(values)
         if not shown:
-            raise InputError(f"no image of {val_folder.root} can be read; see the lines above")
+            raise InputError(f"no image of {val_source.name} can be read; see the lines above")
         picture = output_dir / "reconstructions" / f"step-{step:08d}.png"
         reconstruction_sheet(averaged, torch.stack(shown[:PICTURE_ROWS]), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}

@@ -1,8 +1,7 @@
 """How good reconstructions from k tokens are: PSNR, SSIM, LPIPS, rFID and codebook use, in one pass over the data."""
 
 from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.reconstruction.data import DataConfig
 from tokenizer.reconstruction.measure import measure_reconstruction
 from tokenizer.reconstruction.report import write_report
 
-__all__ = ["DataConfig", "ReconstructionConfig", "measure_reconstruction", "write_report"]
+__all__ = ["ReconstructionConfig", "measure_reconstruction", "write_report"]

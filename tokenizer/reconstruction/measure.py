@@ -16,13 +16,14 @@ from common.errors import InputError
 from common.fid import FEATURES, FeatureExtractor, RunningStatistics, frechet_distance
 from common.images import to_float
 from common.runtime import move, pick_device, pick_dtype
-from tokenizer.data import UnreadableFiles
+from tokenizer.data import UnreadableFiles, spread
 from tokenizer.decoding import PictureDecoder
 from tokenizer.metrics import psnr, ssim
 from tokenizer.perceptual import PerceptualDistance
 from tokenizer.reconstruction.codebook import CodebookCounts
 from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.reconstruction.data import DataConfig, open_images, spread
+from tokenizer.reconstruction.data import open_images
+from tokenizer.sources import DataConfig
 from tokenizer.tokenizer import ChannelTokenizer
 
 Row = dict[str, Any]
