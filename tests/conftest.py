@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.models import vgg16
 from transformers import LlamaForCausalLM
 
 from common.checkpoint import fingerprint, folder_written_whole, save_pretrained_whole
@@ -272,3 +274,25 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5)
     torch.save(network.state_dict(), folder / "inception.pth")
     return folder / "inception.pth"
+
+
+@pytest.fixture(scope="session")
+def vgg() -> nn.Module:
+    """The convolutions of torchvision's VGG-16, random, scaled so that signals pass through."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            features = vgg16(weights=None).features
+        features = features.to_empty(device="cpu")
+        for parameter in features.parameters():
+            parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5 if parameter.ndim == 4 else 0.1)
+    return features.eval()
+
+
+@pytest.fixture(scope="session")
+def vgg_weights(vgg: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As torchvision stores them: the convolutions, and a classifier that LPIPS has no use for."""
+    state = {f"features.{name}": value for name, value in vgg.state_dict().items()}
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({**state, "classifier.0.weight": torch.zeros(2, 2)}, path)
+    return path

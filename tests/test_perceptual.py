@@ -10,7 +10,6 @@ import pytest
 import torch
 from oracles import pictures as oracle
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from common.checkpoint import save_tensors
 from common.errors import InputError
@@ -24,28 +23,6 @@ def no_initial_values() -> Iterator[None]:
         for name in ("normal_", "kaiming_normal_", "uniform_", "kaiming_uniform_"):
             patch.setattr(torch.nn.init, name, lambda tensor, *arguments, **options: tensor)
         yield
-
-
-@pytest.fixture(scope="module")
-def vgg() -> nn.Module:
-    """The convolutions of torchvision's VGG-16, random, scaled so that signals pass through."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(5)
-        with torch.device("meta"):
-            features = vgg16(weights=None).features
-        features = features.to_empty(device="cpu")
-        for parameter in features.parameters():
-            parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5 if parameter.ndim == 4 else 0.1)
-    return features.eval()
-
-
-@pytest.fixture(scope="module")
-def vgg_weights(vgg: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As torchvision stores them: the convolutions, and a classifier that LPIPS has no use for."""
-    state = {f"features.{name}": value for name, value in vgg.state_dict().items()}
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save({**state, "classifier.0.weight": torch.zeros(2, 2)}, path)
-    return path
 
 
 @pytest.fixture(scope="module")

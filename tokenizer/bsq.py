@@ -73,7 +73,7 @@ def quantization_losses(
     vectors: Tensor,
     keep: Tensor,
     inverse_temperature: float = 100.0,
-    group_bits: int = 8,
+    group_bits: int = 16,
     sum_over_processes: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> QuantizationLosses:
     """Entropy and commitment terms of the channels that were kept.

@@ -35,7 +35,7 @@ class TokenizerLossConfig:
     commitment_weight: float = field(default=0.25, metadata={"help": "weight of the distance to the code"})
     inverse_temperature: float = field(default=100.0, metadata={"help": "sharpness of the soft code assignment"})
     entropy_group_bits: int = field(
-        default=8, metadata={"help": "bits whose joint entropy is taken, in 1..16; those of num_bits and more: exact"}
+        default=16, metadata={"help": "bits whose joint entropy is taken, in 1..16; num_bits or more is exact"}
     )
 
     def __post_init__(self) -> None:
