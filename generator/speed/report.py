@@ -2,31 +2,16 @@
 
 import json
 import logging
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.checkpoint import write_text
+from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
 from generator.speed.measure import Row, SpeedResults
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "transformers", "channeltok")
 SETTING = ("dtype", "batch_size", "cfg_scale")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: the device's name as people know it, and how many threads torch uses on the CPU."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": name, "gpu": gpu, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
 def content(results: SpeedResults, command: str) -> dict[str, Any]:
@@ -38,7 +23,7 @@ def content(results: SpeedResults, command: str) -> dict[str, Any]:
         "bandwidth_median_gb_s": bandwidth.median,
         "bandwidth_by_way_gb_s": bandwidth.found,
         "machine": machine(results.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         **results.about,
         "settings": results.config,
         "command": command,
