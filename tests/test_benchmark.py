@@ -163,7 +163,7 @@ def test_speed_refuses_in_one_line_and_writes_nothing(
     ("words", "named"),
     [
         (["speed", "--generator", "M"], "'M' is unknown; allowed: S, B, L, XL"),
-        (["speed", "--tokenizer", "paper"], "'paper' is unknown; allowed: paper-256, paper-512, none"),
+        (["speed", "--tokenizer", "paper"], "paper is no folder"),
         (["speed", "--model", "nowhere"], "nowhere"),
         (["sped"], "did you mean speed?"),
         ([], "the first word must be a command: speed"),
