@@ -485,11 +485,11 @@ def conv(size, in_width, out_width, kernel=3):
 
 
 def test_operations_of_an_image_by_hand():
-    shape = {"image_size": 16, "patch_size": 2, "latent_size": 4, "num_channels": 5, "num_bits": 6, "num_heads": 4}
+    shape = {"image_size": 32, "patch_size": 2, "latent_size": 4, "num_channels": 5, "num_bits": 6, "num_heads": 4}
     widths = {"encoder_widths": [32, 64], "decoder_widths": [32], "middle_attention": True}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = ChannelTokenizer(TokenizerConfig(**shape, **widths | {"image_size": 32})).eval()
+        model = ChannelTokenizer(TokenizerConfig(**shape, **widths)).eval()
     block = 2 * conv(16, 64, 64)
     encode = conv(16, 12, 32)  # 2x2 patches of 3 colours, maps of 16
     encode += conv(16, 32, 64) + conv(16, 64, 64) + conv(16, 32, 64, 1)  # widens, so with a shortcut
