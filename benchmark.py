@@ -1,4 +1,4 @@
-"""Measure. speed: how fast tokens and pictures are drawn; reconstruction: how good pictures of k tokens are.
+"""Measure. speed: drawing, or with --tokenizer alone encoding and decoding; reconstruction: quality by k.
 
 `benchmark.py speed --help` and `benchmark.py reconstruction --help` tell the flags of each.
 """
@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common import cli, runtime
-from common.checkpoint import resolve_folder
+from common.checkpoint import fingerprint, resolve_folder
 from common.errors import InputError
 from generator.config import GENERATOR_SIZES, TokenLayout
 from generator.model import build_generator, load_generator
@@ -23,9 +23,14 @@ from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
 from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction
 from tokenizer.reconstruction import write_report as write_reconstruction_report
 from tokenizer.sources import DataConfig
+from tokenizer.throughput import VARIANTS, ThroughputConfig, measure_throughput
+from tokenizer.throughput import write_report as write_throughput
+from tokenizer.throughput.config import MAX_SECONDS
 
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
+RANDOM_WEIGHTS = "random weights"
+SAMPLERS_ONLY = ("num_tokens", "cfg_scale", "samplers", "full_uncached")  # fields of SpeedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +43,47 @@ class SubjectConfig:
     tokenizer: str | None = field(
         default=None,
         metadata={"help": f"architecture, with random weights: {', '.join(PUBLISHED_TOKENIZERS)} (default: paper-256), "
-                  f"or {NO_TOKENIZER}: 256 tokens of 14 bits, no pictures"},
+                  f"or {NO_TOKENIZER}: 256 tokens of 14 bits, no pictures. Given alone: the tokenizer itself is "
+                  "measured, and it may be a folder or a hub name, too"},
     )  # fmt: skip
     model: str | None = field(default=None, metadata={"help": "instead: a folder with tokenizer/ and generator/"})
     compile_pictures: bool = field(default=False, metadata={"help": "compile the decoding of pictures, too"})
-    output_dir: str = field(default="runs/speed", metadata={"help": "folder for speed.json, speed.md and speed.png"})
+    variants: list[str] | None = field(
+        default=None, metadata={"help": f"of a tokenizer alone, what is compared; default: {' '.join(VARIANTS)}"}
+    )
+    max_seconds: float | None = field(
+        default=None,
+        metadata={"help": "of a tokenizer alone: a variant is not repeated once its runs took this long together; "
+                  f"default: {MAX_SECONDS:g}"},
+    )  # fmt: skip
+    output_dir: str = field(
+        default="runs/speed", metadata={"help": "folder for speed.json, .md and .png, or tokenizer.json, .md and .png"}
+    )
 
     def __post_init__(self) -> None:
         if self.model is not None and (self.generator is not None or self.tokenizer is not None):
             raise InputError("model is given, and so is generator or tokenizer; give either the one or the others")
         if self.generator is not None and self.generator not in GENERATOR_SIZES:
             raise InputError(f"generator {self.generator!r} is unknown; allowed: {', '.join(GENERATOR_SIZES)}")
+        if self.tokenizer_alone:
+            if self.tokenizer == NO_TOKENIZER:
+                raise InputError(
+                    f"tokenizer is {NO_TOKENIZER}, and no generator is given: nothing to measure; give one"
+                )
+            if self.compile_pictures:
+                raise InputError("compile_pictures is given, but a tokenizer alone is measured; use --variants instead")
+            return
         if self.tokenizer not in (None, NO_TOKENIZER, *PUBLISHED_TOKENIZERS):
             allowed = [*PUBLISHED_TOKENIZERS, NO_TOKENIZER]
             raise InputError(f"tokenizer {self.tokenizer!r} is unknown; allowed: {', '.join(allowed)}")
+        for name, value in (("variants", self.variants), ("max_seconds", self.max_seconds)):
+            if value is not None:
+                raise InputError(f"{name} is given, but samplers are measured; give --tokenizer alone, or leave it out")
+
+    @property
+    def tokenizer_alone(self) -> bool:
+        """Whether a tokenizer is measured, and no sampler."""
+        return self.tokenizer is not None and self.generator is None and self.model is None
 
     @property
     def generator_name(self) -> str:
@@ -78,14 +110,47 @@ def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, Token
             num_channels=tokenizer.config.num_channels if tokenizer else 256,
             num_bits=tokenizer.config.num_bits if tokenizer else 14,
             class_names=[str(label) for label in range(NUM_CLASSES)],
-            tokenizer_fingerprint="random weights",
+            tokenizer_fingerprint=RANDOM_WEIGHTS,
             has_null_label=True,
         )
         return build_generator(GENERATOR_SIZES[config.generator_name], layout), layout, tokenizer
 
 
+def throughput_config(what: SubjectConfig, config: SpeedConfig) -> ThroughputConfig:
+    """The settings that a tokenizer alone has; refuses those of samplers."""
+    defaults = vars(SpeedConfig())
+    for name in SAMPLERS_ONLY:
+        if vars(config)[name] != defaults[name]:
+            raise InputError(f"{name} is given, but a tokenizer alone is measured; leave it out, or give --generator")
+    return ThroughputConfig(
+        variants=list(VARIANTS) if what.variants is None else what.variants,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        repeats=config.repeats,
+        max_seconds=MAX_SECONDS if what.max_seconds is None else what.max_seconds,
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def throughput(name: str, config: ThroughputConfig, output_dir: str) -> None:
+    """Measure a tokenizer alone, and write."""
+    if name in PUBLISHED_TOKENIZERS:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            tokenizer, weights = ChannelTokenizer(published_config(name)).eval(), RANDOM_WEIGHTS
+    else:
+        tokenizer = ChannelTokenizer.from_pretrained(name)
+        weights = fingerprint(tokenizer)
+    results = measure_throughput(tokenizer, config)
+    write_throughput(results, output_dir, cli.command_line(), name=name, fingerprint=weights)
+
+
 def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     """Build, measure, write."""
+    if what.tokenizer is not None and what.tokenizer_alone:
+        throughput(what.tokenizer, throughput_config(what, config), what.output_dir)
+        return
     device = runtime.pick_device(config.device)
     model, layout, tokenizer = models_of(what, config.seed)
     pictures = None

@@ -1,4 +1,4 @@
-"""Line plots, as PNG files that appear whole."""
+"""Line and bar plots, as PNG files that appear whole."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from common.checkpoint import written_whole
@@ -99,5 +100,54 @@ def save_line_plot(
     if len(handles) > 1:
         ncols = min(1 + columns, len(handles))
         figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A value from 0, the range it was found in, and a bound on it or None; bars of a `group` share a colour."""
+
+    label: str
+    group: str
+    value: float
+    low: float
+    high: float
+    limit: float | None = None
+
+
+def save_bar_plot(
+    panels: Mapping[str, Sequence[Bar]], path: str | Path, *, title: str, x_label: str, limit_label: str, columns: int
+) -> None:
+    """Draw panels of horizontal bars, by title, `columns` in a row, each with its own axis; one legend of groups."""
+    groups = list(dict.fromkeys(bar.group for bars in panels.values() for bar in bars))
+    rows, most = -(-len(panels) // columns), max((len(bars) for bars in panels.values()), default=1)
+    figure = Figure(figsize=(1 + 5.2 * columns, rows * (1 + 0.32 * most) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (name, bars) in zip(axes, panels.items(), strict=False):
+        axis.set_title(name, fontsize=10, color=INK)
+        for place, bar in enumerate(bars):
+            ends = [[bar.value - bar.low], [bar.high - bar.value]]
+            colour = COLOURS[groups.index(bar.group) % len(COLOURS)]
+            axis.barh(place, bar.value, xerr=ends, height=0.7, color=colour, error_kw={"ecolor": INK, "capsize": 2})
+            axis.text(bar.high, place, f"  {bar.value:.3g}", va="center", fontsize=8, color=INK)
+            if bar.limit is not None:
+                axis.vlines(bar.limit, place - 0.45, place + 0.45, **LIMIT)
+        axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9, color=INK)
+        axis.set_xlabel(x_label, fontsize=9, color=INK)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles: list[Any] = [Patch(color=COLOURS[i % len(COLOURS)], label=group) for i, group in enumerate(groups)]
+    handles.append(Line2D([], [], label=limit_label, **LIMIT))
+    figure.suptitle(title, fontsize=11, color=INK)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

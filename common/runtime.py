@@ -2,14 +2,12 @@
 
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 import transformers
@@ -72,17 +70,6 @@ def check_can_compile(device: torch.device) -> None:
     """
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         raise InputError("compile needs a C++ compiler (g++, clang++ or $CXX); install one, or leave --compile out")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: the device's name as people know it, and how many threads torch uses on the CPU."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": name, "gpu": gpu, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from common.measuring import held_bytes, peak_memory
 from common.plots import Panel, save_line_plot
 from generator.config import GENERATOR_SIZES, TokenLayout
 from generator.decode import CachedDecoder
@@ -23,7 +24,7 @@ from generator.engine import Engine
 from generator.model import build_generator
 from generator.speed import SpeedConfig, Subject, limits, measure, measure_speed, samplers
 from generator.speed.config import Setting
-from generator.speed.limits import BandwidthProbe, TokenBytes, held_bytes, peak_memory, token_bytes
+from generator.speed.limits import BandwidthProbe, TokenBytes, token_bytes
 from generator.speed.measure import Measured, rows_of
 from generator.speed.report import table
 from generator.speed.samplers import SAMPLERS, Clock, Task, build_sampler, lengths_to_measure, total_times
@@ -162,7 +163,7 @@ def test_speed_refuses_in_one_line_and_writes_nothing(
     ("words", "named"),
     [
         (["speed", "--generator", "M"], "'M' is unknown; allowed: S, B, L, XL"),
-        (["speed", "--tokenizer", "paper"], "'paper' is unknown; allowed: paper-256, paper-512, none"),
+        (["speed", "--tokenizer", "paper"], "paper is no folder"),
         (["speed", "--model", "nowhere"], "nowhere"),
         (["sped"], "did you mean speed?"),
         ([], "the first word must be a command: speed"),

@@ -1,31 +1,20 @@
-"""What bounds a sampler: the bytes that a token must read, how fast memory gives them, and memory itself."""
+"""What bounds a sampler: the bytes that a token must read, and how fast memory gives them."""
 
-import ctypes
-import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FunctionType, ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from common.measuring import synchronize
 from generator.config import TokenLayout
 
 PROBE_BYTES = 512 * 2**20  # well beyond any cache
 PASSES = 3  # of each way in one probe
 STREAMS = 4
-RESET_PEAK = "5"  # written to clear_refs, it sets the peak resident set to the present one (Linux, proc(5))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 # -------------------------------------------------------------------------------------- bytes of a token
@@ -110,71 +99,3 @@ class BandwidthProbe:
     def median(self) -> float:
         """The median over times of the best way of each time, GB/s."""
         return statistics.median(max(values) for values in zip(*self.found.values(), strict=True))
-
-
-# -------------------------------------------------------------------------------------- memory
-
-
-def held_bytes(*holders: object) -> int:
-    """Bytes of all tensors that objects hold, in their attributes and containers; shared storage counts once."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-    waiting = list(holders)
-    while waiting:
-        holder = waiting.pop()
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, Tensor):
-            storage = holder.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(holder, nn.Module):
-            waiting += [*holder.parameters(), *holder.buffers()]
-        elif isinstance(holder, dict):
-            waiting += holder.values()
-        elif isinstance(holder, list | tuple | set):
-            waiting += holder
-        elif hasattr(holder, "__dict__") and not isinstance(holder, type | ModuleType | FunctionType):
-            waiting += vars(holder).values()
-    return sum(storages.values())
-
-
-def _resident(name: str) -> int:
-    """A line of this process's status, VmRSS (now) or VmHWM (peak), in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
-
-
-def _resident_growth(run: Callable[[], object]) -> int | None:
-    """How far the resident set grows in a run, in bytes; None where the system does not tell (not Linux)."""
-    gc.collect()
-    try:
-        # memory that earlier runs freed goes back to the system, so that using it again counts as growth
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
-    except (AttributeError, OSError):
-        return None
-    before = _resident("VmRSS")
-    run()
-    return max(0, _resident("VmHWM") - before)
-
-
-def peak_memory(device: torch.device, holder: object, run: Callable[[], object]) -> int | None:
-    """Bytes at the peak of a run: the weights that `holder` holds, cache and activations.
-
-    All samplers live in one process, so the peak of the process says nothing; this is what one of them
-    would need alone. The run happens twice, the first time to warm up (compile, capture).
-    On CUDA: weights, and the growth of what torch's allocator has given out, from before the warm-up to the
-    peak of the second run. On a CPU with Linux: weights, and the growth of the resident set in the second
-    run. None on any other device.
-    """
-    if device.type == "cuda":
-        held, before = held_bytes(holder), torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return held + torch.cuda.max_memory_allocated(device) - before
-    run()
-    growth = _resident_growth(run) if device.type == "cpu" and sys.platform == "linux" else None
-    return None if growth is None else held_bytes(holder) + growth

@@ -15,12 +15,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import LlamaForCausalLM
 
+from common.measuring import peak_memory
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
 from generator.config import TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.speed.config import Setting, SpeedConfig, Subject
-from generator.speed.limits import BandwidthProbe, TokenBytes, peak_memory, token_bytes
+from generator.speed.limits import BandwidthProbe, TokenBytes, token_bytes
 from generator.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def rows_of(
     ms_by_position: mean time of a token in up to 8 equal runs of positions, the first first.
     images_per_second: of whole pictures if pictures_decoded, else of finished tokens.
     first_preview_ms: from the call until the pictures of the smallest k are decoded; null without pictures.
-    peak_memory_mb: 10**6 bytes, of drawing the largest k (see `limits.peak_memory`); null where it cannot be told.
+    peak_memory_mb: 10**6 bytes, of drawing the largest k (see `common.measuring`); null where it cannot be told.
     bytes_per_token: what a token must read, mean over the k (see `limits.TokenBytes`).
     estimated: times of tokens were interpolated between measured ones.
     """

@@ -2,18 +2,15 @@
 
 import json
 import logging
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint import write_text
+from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
-from common.runtime import machine
 from generator.speed.measure import Row, SpeedResults
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "transformers", "channeltok")
 SETTING = ("dtype", "batch_size", "cfg_scale")
 
 
@@ -26,7 +23,7 @@ def content(results: SpeedResults, command: str) -> dict[str, Any]:
         "bandwidth_median_gb_s": bandwidth.median,
         "bandwidth_by_way_gb_s": bandwidth.found,
         "machine": machine(results.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         **results.about,
         "settings": results.config,
         "command": command,

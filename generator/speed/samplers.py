@@ -19,11 +19,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from common.measuring import synchronize
 from generator.config import TokenLayout
 from generator.engine import Engine
 from generator.generate import stream
 from generator.sampling import SamplingConfig
-from generator.speed.limits import synchronize
 
 Milliseconds = npt.NDArray[np.float64]
 OURS = ("eager", "compiled")

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil
+from common.measuring import machine
 from common.plots import Panel, save_line_plot
-from common.runtime import machine
 from tokenizer.reconstruction.measure import ReconstructionResults
 
 logger = logging.getLogger(__name__)
