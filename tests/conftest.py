@@ -39,7 +39,7 @@ CLASS_NAMES = [
 # them once and forks for each run; the fork runs the script's file as __main__, as a user's shell would.
 FORK_SERVER = """
 import json, os, runpy, sys, traceback
-import accelerate, torchvision, common.plots, generator.session, generator.training, tokenizer.extraction
+import accelerate, torchvision, generator.session, generator.speed, generator.training, tokenizer.extraction
 
 for line in sys.stdin:
     job = json.loads(line)
