@@ -217,6 +217,19 @@ def test_a_split_may_be_a_part_of_one(parquet):
     assert train.fingerprint() != open_source(DataConfig(dataset=str(parquet)), "train").fingerprint()
 
 
+def test_a_configuration_may_be_chosen(hub, tmp_path):
+    features = hub.Features({"image": hub.Image()})
+    for name, start in (("small", 0), ("large", 5)):
+        columns = {"image": [{"bytes": encoded(start), "path": None}]}
+        (tmp_path / name).mkdir()
+        hub.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name / "train.parquet")
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("small", "large"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    assert "large" in refusal(dataset=str(tmp_path))  # the message names those there are
+    source = open_source(DataConfig(dataset=str(tmp_path), dataset_config="large"), "train")
+    assert source.read(0) == encoded(5)
+
+
 def test_without_labels_all_is_one_class(hub, tmp_path):
     features = hub.Features({"image": hub.Image()})
     columns = {"image": [{"bytes": encoded(i), "path": None} for i in range(3)]}
@@ -505,6 +518,7 @@ def test_a_tokenizer_is_trained_on_tars_and_a_run_resumed(scripts, hub, tars, tm
         *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4, "--encoder-widths", 32, 32),
         *("--decoder-widths", 32, "--steps", 4, "--batch-size", 4, "--entropy-group-bits", 4, "--checkpoint-every", 2),
         *("--dataset", tars, "--output-dir", tmp_path / "run", "--min-crop", 0.5, "--mixed-precision", "no"),
+        *("--perceptual", "none"),
     ]
     done = scripts("train_tokenizer.py", *flags, before=script_environment(hub))
     assert done.code == 0, done.err

@@ -33,6 +33,9 @@ class DataConfig:
         metadata={"help": "in place of data_dir: a data set on the Hugging Face hub, such as ILSVRC/imagenet-1k, "
                   "or a local folder of parquet files or of WebDataset tars"},
     )  # fmt: skip
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of --dataset, where it has several"}
+    )
     train_split: str = field(default="train", metadata={"help": "split of --dataset to train on"})
     val_split: str = field(default="validation", metadata={"help": "split of --dataset that is held out"})
     image_column: str | None = field(
@@ -213,7 +216,7 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
         return FolderSource(Path(str(config.data_dir)) / split)
     names = {"train": config.train_split, "val": config.val_split}
     name = f"{config.dataset}/{names[split]}"
-    rows = _load(config.dataset, names[split])
+    rows = _load(config, names[split])
     column = _image_column(rows, config.image_column, name)
     label_column = _label_column(rows, config.label_column, name)
     if label_column is None:
@@ -222,26 +225,27 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
         labels, classes = _labels(rows, label_column, name)
     if label_column is not None and not classes:  # plain integers: both splits together say how many there are
         other_name = names["val" if split == "train" else "train"]
-        others, _ = _labels(_load(config.dataset, other_name), label_column, f"{config.dataset}/{other_name}")
+        others, _ = _labels(_load(config, other_name), label_column, f"{config.dataset}/{other_name}")
         classes = [str(i) for i in range(1 + max(int(labels.max()), int(others.max())))]
     return DatasetSource(name, _undecoded(rows.select_columns([column])), labels, classes)
 
 
-def _load(dataset: str, split: str) -> Any:
+def _load(config: DataConfig, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise InputError("--dataset needs the package `datasets`; install channeltok[train]") from error
     try:
-        rows = datasets.load_dataset(dataset, split=split)
+        rows = datasets.load_dataset(str(config.dataset), config.dataset_config, split=split)
     except Exception as error:
         # readers of a dozen file formats and a network lie behind this call: it may raise anything
         raise InputError(
-            f"dataset {dataset}, split {split}, cannot be loaded ({type(error).__name__}: {str(error)[:300]}); give "
-            "a data set on the hub that you can reach (`hf auth login` for a gated one) or a local folder"
+            f"dataset {config.dataset}, split {split}, cannot be loaded "
+            f"({type(error).__name__}: {str(error)[:300]}); give a data set on the hub that you can reach "
+            "(`hf auth login` for a gated one) or a local folder"
         ) from error
     if not len(rows):
-        raise InputError(f"dataset {dataset}, split {split}, has no rows; choose another split")
+        raise InputError(f"dataset {config.dataset}, split {split}, has no rows; choose another split")
     return rows
 
 
