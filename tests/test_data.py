@@ -526,7 +526,7 @@ def test_a_tokenizer_is_trained_on_tars_and_a_run_resumed(scripts, hub, tars, tm
         assert done.err.count(f"skipped unreadable image {tars}/{split} row 3") == 1
     done = scripts("train_tokenizer.py", *flags, "--resume", "--min-crop", 0.7, before=script_environment(hub))
     assert done.code == 2
-    assert "with augmentation = " in done.err
+    assert "with augmentation.min_crop = " in done.err
     done = scripts("train_tokenizer.py", *flags, "--data-dir", tars, before=script_environment(hub))
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "both" in done.err

@@ -130,14 +130,12 @@ def test_the_opponent_changes_the_model_and_the_model_folder_holds_none_of_it(tr
     ChannelTokenizer.from_pretrained(with_opponent)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, with_opponent, tmp_path, seed):
     rng, folder, kills = random.Random(seed), tmp_path / "run", 0
     flags = ("--data-dir", data, "--output-dir", folder, *FLAGS, *GAN, "--gan-weighting", "adaptive")
     checkpoints = folder / "checkpoints"
-    for _ in range(8):
+    for _ in range(3):
         before = set(checkpoints.glob("step-*"))
         resume = ("--resume",) if before else ()
         process = subprocess.Popen(
@@ -181,8 +179,8 @@ def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, 
 def test_a_run_that_goes_astray_stops_and_names_the_last_good_checkpoint(train, tmp_path):
     poison = """
 import torch
-from tokenizer import training
-real = training.tokenizer_loss
+from tokenizer import objective
+real = objective.tokenizer_loss
 def loss(output, *more):
     terms = real(output, *more)
     with open("count", "a+") as file:
@@ -191,7 +189,7 @@ def loss(output, *more):
     if steps == 4:
         terms["loss"] = terms["loss"] * float("nan")
     return terms
-training.tokenizer_loss = loss
+objective.tokenizer_loss = loss
 """
     folder = tmp_path / "run"
     before = f"import os; os.chdir({str(tmp_path)!r})\n" + poison
