@@ -259,6 +259,8 @@ def save_pretrained_whole(model: PreTrainedModel, folder: str | Path) -> None:
     """`model.save_pretrained`, each file appearing whole; the weights come last, over any older ones."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".saving.*"):
+        shutil.rmtree(abandoned, ignore_errors=True)  # by a process that was killed while it saved
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
         with _disk_errors():
             model.save_pretrained(temporary)

@@ -42,7 +42,8 @@ class Checkpoints:
         for partial in self.folder.glob(".step-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            # out of sight first: a kill while its files go must not leave a part under the name of a whole
+            shutil.rmtree(old.rename(self.folder / f".{old.name}.partial"))
 
     def load(self, settings: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
         """The newest state; its settings must be those of this run."""

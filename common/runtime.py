@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import InputError
 
@@ -94,10 +94,21 @@ def peak_memory_of_process(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def set_up_logging(is_main_process: bool = True) -> None:
-    """Messages of this project to stderr, one line each; libraries speak from warnings on."""
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device, without waiting there for what is still being computed."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def set_up_logging() -> None:
+    """Messages of this project to stderr, one line each; libraries speak from warnings on.
+
+    Of several processes (torchrun, accelerate launch) the first one tells what goes on; the others only warn.
+    """
+    is_main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    level = logging.INFO if is_main_process else logging.ERROR
+    level = logging.INFO if is_main_process else logging.WARNING
     for name in LOGGERS:
         logging.getLogger(name).setLevel(level)
     transformers.logging.disable_progress_bar()

@@ -7,13 +7,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -21,6 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import write_text
 from common.errors import InputError
+from common.players import OPPONENT_BETAS, Opponent, Player, make_optimizer
 from common.resuming import Checkpoints
 from common.runtime import has_fast_bfloat16, peak_memory_of_process, pick_device
 from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for, learning_rate_at
@@ -28,21 +36,15 @@ from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for,
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 REPORT_EVERY = 20  # steps
-OPPONENT_BETAS = (0.5, 0.9)  # of a discriminator's AdamW, as Esser et al. (arXiv 2012.09841) train theirs
+# the main process evaluates while the others wait for it, perhaps for longer than the ten minutes that NCCL grants
+PATIENCE = timedelta(hours=6)
+UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # settings that a resumed run may change; with other `steps` the schedule is the new one from there on
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
     | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers"}
     | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opponent:
-    """A second model that is trained against the first, with an optimizer of its own: a GAN's discriminator."""
-
-    model: nn.Module
-    learning_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """The accelerator that `accelerate launch` or a plain start describes; seeds the global generators.
 
     Raises:
-        InputError: a tracker that accelerate does not know, or whose package is not installed.
+        InputError: a tracker that accelerate does not know, or whose package is not installed, or a launcher's
+            settings that would be ignored.
     """
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
     available = {str(name) for name in get_available_trackers()}
@@ -73,59 +76,24 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
             raise InputError(f"tracker {name} is not installed; pip install {name}, or leave it out of --trackers")
     chosen: str = config.mixed_precision
     if chosen == "auto":
-        chosen = "bf16" if has_fast_bfloat16(pick_device("auto")) else "no"
+        device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else "auto")
+        chosen = "bf16" if has_fast_bfloat16(device) else "no"
     torch.manual_seed(config.seed)
     folders = ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
-    return Accelerator(mixed_precision=chosen, log_with=list(config.trackers) or None, project_config=folders)
-
-
-def _average(decay: float) -> Callable[[Any, Any, Any], None]:
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        # a young average follows quickly, so that early evaluations show the model and not its start
-        now = min(decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
-        torch._foreach_lerp_(averaged, current, 1 - now)
-
-    return update
-
-
-def _make_optimizer(model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
-
-
-class Player:
-    """A model with its optimizer, prepared by accelerate, and the names under which a checkpoint keeps them.
-
-    `model` is what accelerate wraps around the module, and `bare` the module itself.
-    """
-
-    def __init__(self, accelerator: Accelerator, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.prefix = prefix
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights and the optimizer's state, as a checkpoint keeps them."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.bare.named_parameters():
-            state[f"{self.prefix}model.{name}"] = parameter
-            # there is no state yet where the optimizer has not made a step
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{self.prefix}optimizer.{name}.{key}"] = value
-        return state
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
-        for name, parameter in self.bare.named_parameters():
-            parameter.copy_(state[f"{self.prefix}model.{name}"])
-            # fused AdamW keeps all of its state beside the parameter
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{self.prefix}optimizer.{name}.{key}" in state]
-            if keys:
-                self.optimizer.state[parameter] = {
-                    key: state[f"{self.prefix}optimizer.{name}.{key}"].to(parameter.device) for key in keys
-                }
+    accelerator = Accelerator(
+        mixed_precision=chosen,
+        log_with=list(config.trackers) or None,
+        project_config=folders,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.distributed_type in UNSUPPORTED:
+        kind = accelerator.distributed_type.value
+        raise InputError(
+            f"accelerate is set up for {kind}, which this script does not know; launch it with --multi_gpu"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("accelerate is set up to compile with dynamo; launch it without, and give --compile true")
+    return accelerator
 
 
 class Loop:
@@ -157,20 +125,26 @@ class Loop:
             raise InputError(
                 f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder"
             )
+        if not config.resume and accelerator.is_main_process:
+            self.log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         betas = (config.beta1, config.beta2)
-        optimizer = _make_optimizer(model, config.learning_rate, betas, config.weight_decay)
-        self.player = Player(accelerator, "", model, optimizer)
+        self.player = self._player("", model, config.learning_rate, betas, config.weight_decay)
         self.opponent: Player | None = None
         if opponent is not None:
-            rival = _make_optimizer(opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
-            self.opponent = Player(accelerator, "opponent.", opponent.model, rival)
-        self.ema = AveragedModel(self.player.bare, multi_avg_fn=_average(config.ema_decay))
+            self.opponent = self._player("opponent.", opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
+        self.ema = AveragedModel(self.player.bare, multi_avg_fn=self._average)
         self.ema.requires_grad_(False).eval()
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._reported = (self.step, time.perf_counter())
         if config.resume:
             self._restore()
+
+    def _player(
+        self, prefix: str, model: nn.Module, rate: float, betas: tuple[float, float], weight_decay: float
+    ) -> Player:
+        prepared, optimizer = self.accelerator.prepare(model, make_optimizer(model, rate, betas, weight_decay))
+        return Player(prefix, prepared, self.accelerator.unwrap_model(prepared), optimizer)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes, with a gradient that is right after gradients were averaged."""
@@ -185,6 +159,12 @@ class Loop:
         mean: Tensor = self.accelerator.reduce(value.detach().clone(), "mean")
         return mean
 
+    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
+        # the count is read where it is kept, on the CPU: the argument is a copy on the device, to be waited for.
+        # a young average follows quickly, so that early evaluations show the model and not its start
+        count = int(self.ema.n_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema_decay, (1 + count) / (10 + count)))
+
     def _state(self) -> dict[str, Tensor]:
         state = self.player.state()
         state |= {f"ema.{name}": value for name, value in self.ema.module.named_parameters()}
@@ -198,6 +178,12 @@ class Loop:
         self.step, state = self.checkpoints.load(self.settings)
         if self.step > self.config.steps:
             raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give steps of that or more to go on")
+        everyone = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(everyone)) > 1:
+            raise InputError(
+                f"processes find different newest checkpoints in {self.checkpoints.folder} (steps {everyone}); "
+                "output_dir must be one folder that all machines see alike"
+            )
         self.player.restore(state)
         if self.opponent is not None:
             self.opponent.restore(state)
@@ -252,6 +238,7 @@ class Loop:
                     self.checkpoints.save(self.step, self._state(), self.settings)
                 if self.step % config.evaluate_every == 0 or self.step % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()
+                    self._reported = (self.step, time.perf_counter())  # images/s is that of training alone
         accelerator.wait_for_everyone()
         accelerator.end_training()
 

@@ -209,6 +209,10 @@ class TokenBatch:
     tokens: Tensor
     labels: Tensor
 
+    def pin_memory(self) -> "TokenBatch":
+        """The same in memory that a GPU can fetch from; torch's loader asks for it."""
+        return TokenBatch(tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
+
 
 class TokenDataset(Dataset[tuple[Tensor, int]]):
     """One split of a store, by (index, epoch); the view shown is a function of seed, index and epoch.

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from common.checkpoint import folder_written_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil, to_uint8
+from common.runtime import send
 from common.steps import LoopConfig, Part
 from common.training import Loop, StepLoss, make_accelerator
 from generator.config import GeneratorConfig, TokenLayout
@@ -128,9 +129,10 @@ def train_generator(
     weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
 
     def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
-        tokens, labels = batch.tokens.to(accelerator.device), batch.labels.to(accelerator.device)
+        tokens = batch.tokens.to(accelerator.device, non_blocking=True)
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
         dropped = torch.rand(part.batch_size, generator=part.rng())[list(part.rows)] < training.label_dropout
-        labels = torch.where(dropped.to(labels.device), layout.null_label, labels)
+        labels = torch.where(send(dropped, labels.device), layout.null_label, labels)
         nats = losses_by_position(model, layout, tokens, labels)
         return StepLoss(terms={"loss": (nats * weights).mean(), "nats": nats.mean(), "first": nats[:, 0].mean()})
 

@@ -160,6 +160,48 @@ def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, wit
         assert (folder / name).read_bytes() == (with_opponent / name).read_bytes(), name
 
 
+KILL_AT_STEP_4 = """
+import os, signal
+from common import training
+step = training.Loop._step
+def dying(self, *arguments):
+    if self.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *arguments)
+training.Loop._step = dying
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--channels-last", "true"), ("--channels-last", "true", "--mixed-precision", "bf16"), ("--micro-batch-size", 4)],
+)
+def test_a_run_is_resumed_exactly_in_any_layout_and_format(train, tmp_path, flags):
+    assert train(tmp_path / "whole", *GAN, *flags).code == 0
+    assert train(tmp_path / "killed", *GAN, *flags, before=KILL_AT_STEP_4).code == -9
+    done = train(tmp_path / "killed", *GAN, *flags, "--resume")
+    assert "resumed at step 4 of 6" in done.err
+    for name in ("model.safetensors", "log.jsonl", "checkpoints/step-00000006/training.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_run_begun_anew_before_its_first_checkpoint_has_a_log_of_its_own(train, tmp_path):
+    flags = ("--checkpoint-every", 100, "--evaluate-every", 2)
+    assert train(tmp_path / "run", *flags, before=KILL_AT_STEP_4).code == -9
+    assert [record["step"] for record in curve(tmp_path / "run")] == [2, 4]
+    assert train(tmp_path / "run", *flags).code == 0
+    assert [record["step"] for record in curve(tmp_path / "run")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"), [("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"), ("RANK", "0", "")]
+)
+def test_a_launcher_s_settings_are_not_silently_ignored(train, tmp_path, variable, value, named):
+    done = train(tmp_path / "run", "--steps", 1, before=f"import os; os.environ[{variable!r}] = {value!r}")
+    assert done.code == (2 if named else 0), done.err
+    assert named in done.err
+
+
 def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, with_opponent, vgg_weights, tmp_path):
     flags = ("--perceptual", "lpips", "--perceptual-weights", vgg_weights, "--lpips-weight", 2, "--steps", 2)
     done = train(tmp_path / "run", *flags, "--checkpoint-every", 2, "--evaluate-every", 2)

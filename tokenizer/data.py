@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class ImageBatch:
     images: Tensor
     labels: Tensor
     unreadable: dict[str, str]
+
+    def pin_memory(self) -> "ImageBatch":
+        """The same with its images in memory that a GPU can fetch from; torch's loader asks for it."""
+        return replace(self, images=self.images.pin_memory())
 
 
 @dataclass(frozen=True, kw_only=True)

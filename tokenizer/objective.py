@@ -5,8 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from common.players import Opponent
+from common.runtime import send
 from common.steps import Part
-from common.training import Loop, Opponent, StepLoss
+from common.training import Loop, StepLoss
 from tokenizer.discriminator import (
     GanConfig,
     PatchDiscriminator,
@@ -51,13 +53,13 @@ class TokenizerObjective:
         """Images (b 3 H W) in [-1, 1], rows `part.rows` of the step's batch, through the loop's model."""
         bare: ChannelTokenizer = loop.player.bare
         lengths = draw_num_tokens(part.batch_size, bare.config.num_channels, self.tail_drop, part.rng())
-        keep = prefix_mask(lengths[list(part.rows)], bare.config.num_channels).to(images.device)
+        keep = send(prefix_mask(lengths[list(part.rows)], bare.config.num_channels), images.device)
         output = model(images, keep)
         terms = tokenizer_loss(output, images, keep, self.loss, self.perceptual, loop.sum_over_processes)
         if loop.opponent is None or part.step < self.gan.gan_start_step:
             return StepLoss(terms=terms)
         adversarial = -judge_without_learning(loop.opponent.bare, output.images).float().mean()
-        weight = torch.as_tensor(self.gan.gan_weight, device=images.device)
+        weight = torch.full((), self.gan.gan_weight, device=images.device)
         if self.gan.gan_weighting == "adaptive":
             last_layer = bare.decoder.last_layer.weight
             gradients = last_layer_gradients(terms["reconstruction"], adversarial, last_layer)

@@ -111,8 +111,12 @@ def train_tokenizer(
     # validation images spread evenly over the classes, the same ones every time
     held = ImageDataset(val_source, size, augmentation=None, seed=seed, replace_unreadable=False)
     chosen = [(index, 0) for index in spread(len(held), training.validation_images)]
+    pictured = set(spread(len(chosen), PICTURE_ROWS))
     held_batches: Any = DataLoader(
-        held, batch_sampler=[chosen[i : i + 64] for i in range(0, len(chosen), 64)], collate_fn=collate
+        held,
+        batch_sampler=[chosen[i : i + 64] for i in range(0, len(chosen), 64)],
+        num_workers=training.num_workers,
+        collate_fn=collate,
     )
 
     def loss(model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
@@ -126,18 +130,21 @@ def train_tokenizer(
         lengths = evaluation_lengths(model_config.num_channels)
         found: dict[int, list[Tensor]] = {k: [] for k in lengths}
         shown: list[Tensor] = []
+        seen = damaged = 0
         for batch in tqdm(held_batches, desc="evaluation", leave=False):
             unreadable.note(batch)
+            damaged += len(batch.unreadable)
+            shown += [image for place, image in enumerate(batch.images, seen) if place in pictured]
+            seen += len(batch.images)
             if len(batch.images):
-                shown += [batch.images[i] for i in range(0, len(batch.images), max(1, len(chosen) // PICTURE_ROWS))]
                 for k, values in psnr_by_length(averaged, batch.images, lengths).items():
                     found[k].append(values)
-        if not shown:
+        if not seen:
             raise InputError(f"no image of {val_source.name} can be read; see the lines above")
         picture = output_dir / "reconstructions" / f"step-{step:08d}.png"
-        reconstruction_sheet(averaged, torch.stack(shown[:PICTURE_ROWS]), picture)
+        reconstruction_sheet(averaged, torch.stack(shown), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
-        return {**figures, "unreadable": unreadable.summary()["count"]}
+        return {**figures, "unreadable": damaged}
 
     loop.run(batches, loss, evaluate, lambda averaged: save_pretrained_whole(averaged, output_dir))
