@@ -148,3 +148,5 @@ def train_tokenizer(
         return {**figures, "unreadable": damaged}
 
     loop.run(batches, loss, evaluate, lambda averaged: save_pretrained_whole(averaged, output_dir))
+    if unreadable.names:
+        logger.warning("%d unreadable images were skipped, see above", len(unreadable.names))
