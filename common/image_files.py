@@ -64,8 +64,8 @@ def decode(content: bytes) -> Image.Image:
     """
     if not content:
         raise ValueError("the file is empty")
-    is_tiff = content[:2] in (b"II", b"MM")
-    with _silent_tiff() if is_tiff else nullcontext(), warnings.catch_warnings():
+    talkative = content[:2] in (b"II", b"MM") or content[4:8] == b"ftyp"  # TIFF and AVIF
+    with _silenced() if talkative else nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -115,9 +115,9 @@ def _check_scans(content: bytes, pixels: int) -> None:
 
 
 @contextmanager
-def _silent_tiff() -> Iterator[None]:
-    # libtiff writes its complaints to the process's error output, and Pillow one of its own to a log; all of
-    # them end in an exception as well
+def _silenced() -> Iterator[None]:
+    # libtiff and some versions of libaom write their complaints to the process's error output, and Pillow one of
+    # its own to a log; all of them end in an exception as well
     log = logging.getLogger("PIL.TiffImagePlugin")
     with _stderr_in_use:
         try:
