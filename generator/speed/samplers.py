@@ -130,7 +130,8 @@ class TransformersSampler(Sampler):
     """
 
     def __init__(self, model: LlamaForCausalLM, layout: TokenLayout, task: Task, cache: str):
-        self.holder = self._model = model
+        self.holder = model
+        self._model: Any = model  # its `generate` is typed in some versions of transformers and not in others
         labels = torch.tensor(task.class_labels, device=model.device)
         self._rows = layout.class_rows(labels)[:, None]
         self._null_rows = layout.class_rows(torch.full_like(labels, layout.null_label))[:, None]
@@ -145,7 +146,7 @@ class TransformersSampler(Sampler):
 
     def draw(self, clock: Clock) -> Tensor:
         """Draw tokens (b num_tokens), marking each."""
-        sequences: Tensor = self._model.generate(  # type: ignore[misc, assignment]
+        sequences: Tensor = self._model.generate(
             self._rows,
             attention_mask=torch.ones_like(self._rows),
             negative_prompt_ids=self._null_rows,
