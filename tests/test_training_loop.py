@@ -113,6 +113,14 @@ def test_the_opponent_waits_for_its_step_and_learns_from_there(with_opponent):
     for record in records:
         plays = record["step"] > 2
         assert all((name in record) == plays for name in ("adversarial", "gan_weight", "opponent_loss"))
+        expected = record["reconstruction"] + 0.1 * (record["token_entropy"] - record["codebook_entropy"])
+        expected += 0.25 * record["commitment"]
+        if (
+            plays
+        ):  # the model wants its pictures to be taken for real ones, by the very judgement the opponent learns from
+            assert record["adversarial"] == pytest.approx(-record["opponent_fake"], rel=1e-4, abs=1e-6)
+            expected += record["gan_weight"] * record["adversarial"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-4)
     checkpoints = {
         path.name: load_file(path / "training.safetensors") for path in (with_opponent / "checkpoints").iterdir()
     }
