@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -36,21 +35,6 @@ def dying(path, tensors):
         os.kill(os.getpid(), signal.SIGKILL)
 resuming.save_tensors = dying
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two classes, 24 pictures to train on and 6 to look at; half PNG, half JPEG. Tests change only copies."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for name in ("hen", "tench"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-                picture = Image.fromarray(pixels).resize((16 + i, 20), Image.Resampling.BICUBIC)
-                picture.save(folder / split / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
-    return folder
 
 
 @pytest.fixture(scope="module")

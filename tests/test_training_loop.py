@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 from conftest import REPO
-from PIL import Image
 from safetensors.numpy import load_file
 
 from tokenizer import ChannelTokenizer
@@ -27,21 +26,6 @@ FLAGS = [
     *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none", "--keep-checkpoints", 3),
 ]
 GAN = ["--gan-weight", 0.1, "--gan-start-step", 2, "--gan-width", 32, "--gan-layers", 1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for name in ("hen", "tench"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC).save(
-                    folder / split / name / f"{i:02d}.png"
-                )
-    return folder
 
 
 @pytest.fixture(scope="module")
