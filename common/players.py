@@ -1,13 +1,18 @@
-"""The models of a run, each with its optimizer."""
+"""The models of a run, each with its optimizer, and the average of a model's weights."""
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.processes import copy_into, own_part, whole
+
 OPPONENT_BETAS = (0.5, 0.9)  # of a discriminator's AdamW, as Esser et al. (arXiv 2012.09841) train theirs
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside the number of its steps
+State = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +44,98 @@ class Player:
     def __init__(self, prefix: str, model: nn.Module, bare: Any, optimizer: Any):
         self.prefix, self.model, self.bare, self.optimizer = prefix, model, bare, optimizer
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and the optimizer's state, as a checkpoint keeps them."""
-        state: dict[str, Tensor] = {}
+    def state(self) -> State:
+        """Weights and the optimizer's state, as a checkpoint keeps them; sharded ones as they are."""
         for name, parameter in self.bare.named_parameters():
-            state[f"{self.prefix}model.{name}"] = parameter
+            yield f"{self.prefix}model.{name}", parameter
             # there is no state yet where the optimizer has not made a step
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{self.prefix}optimizer.{name}.{key}"] = value
-        return state
+                yield f"{self.prefix}optimizer.{name}.{key}", value
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
         for name, parameter in self.bare.named_parameters():
-            parameter.copy_(state[f"{self.prefix}model.{name}"])
+            copy_into(parameter, state[f"{self.prefix}model.{name}"])
             # fused AdamW keeps all of its state beside the parameter
             stem = f"{self.prefix}optimizer.{name}."
             if f"{stem}step" in state:
                 # the moments must lie in memory as the parameter does: fused AdamW walks through all of them at once
-                moments = {key: torch.empty_like(parameter).copy_(state[stem + key]) for key in MOMENTS}
+                moments = {key: torch.empty_like(parameter) for key in MOMENTS}
+                for key, value in moments.items():
+                    copy_into(value, state[stem + key])
                 self.optimizer.state[parameter] = {"step": state[f"{stem}step"].to(parameter.device), **moments}
+
+
+class Average:
+    """The exponential moving average of a model's weights.
+
+    Where the weights are sharded so is the average, and `model` gets it when it is asked for.
+
+    Args:
+        shell: a copy of the model that shows the average, in the main process at least; None elsewhere.
+        bare: the model under training.
+        decay: the average's own share of itself at every update; 0 = always the last weights.
+    """
+
+    def __init__(self, shell: nn.Module | None, bare: nn.Module, decay: float, *, sharded: bool):
+        self.shell, self.decay, self.sharded = shell, decay, sharded
+        self.updates = 0
+        current = dict(bare.named_parameters())
+        if shell is not None:
+            shell.requires_grad_(False).eval()
+        if not sharded and shell is not None:
+            device = next(iter(current.values())).device
+            self.weights: dict[str, Tensor] = dict(shell.to(device).named_parameters())
+        else:
+            self.weights = {name: parameter.detach().clone() for name, parameter in current.items()}
+        self._parameters = current
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the model's weights."""
+        # a young average follows quickly, so that early evaluations show the model and not its start
+        count = self.updates
+        share = 1.0 if count == 0 else 1 - min(self.decay, (1 + count) / (10 + count))
+        averaged = [own_part(self.weights[name]) for name in self._parameters]
+        torch._foreach_lerp_(averaged, [own_part(parameter) for parameter in self._parameters.values()], share)
+        self.updates += 1
+
+    @torch.no_grad()
+    def model(self) -> Any:
+        """The averaged model, to evaluate and export, on the device; all processes must call.
+
+        None in processes that have no shell.
+        """
+        if not self.sharded:
+            return self.shell
+        places: dict[str, Tensor] = {}
+        if self.shell is not None:
+            device = own_part(next(iter(self.weights.values()))).device
+            places = dict(self.shell.to(device).named_parameters())
+        for name, value in self.weights.items():
+            full = whole(value)
+            if places:
+                places[name].copy_(full)
+        return self.shell
+
+    def release(self) -> None:
+        """Give back the device memory that `model` took."""
+        if self.sharded and self.shell is not None:
+            self.shell.to("cpu")
+
+    def state(self) -> State:
+        """The average, as a checkpoint keeps it."""
+        for name, value in self.weights.items():
+            yield f"ema.{name}", value
+        yield "ema_updates", torch.tensor(self.updates)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take it back."""
+        for name, value in self.weights.items():
+            copy_into(value, state[f"ema.{name}"])
+        self.updates = int(state["ema_updates"])
+
+
+def shell_of(model: nn.Module) -> nn.Module:
+    """A copy for `Average`, to be made before the model is wrapped or sharded."""
+    return copy.deepcopy(model)

@@ -33,10 +33,7 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
         """Write the state after `step` steps and remove those beyond the newest `keep`."""
-        path = self.folder / f"step-{step:08d}"
-        if path.exists():
-            return
-        with folder_written_whole(path) as temporary:
+        with folder_written_whole(self.folder / f"step-{step:08d}") as temporary:
             save_tensors(temporary / "training.safetensors", tensors)
             write_text(temporary / "training.json", json.dumps({"step": step, "settings": settings}, indent=1))
         for partial in self.folder.glob(".step-*.partial"):

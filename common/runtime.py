@@ -6,8 +6,10 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import transformers
@@ -114,25 +116,54 @@ def set_up_logging() -> None:
     transformers.logging.disable_progress_bar()
 
 
-class StopOnInterrupt:
-    """Context in which the first Ctrl-C only sets `.requested`; the second one interrupts as usual."""
+class Interrupted(BaseException):
+    """Raised where a signal may break work off; see `StopOnSignal.interrupting`."""
 
-    def __init__(self) -> None:
+
+class StopOnSignal:
+    """Context in which the first signal only sets `.requested`; the second one does what it usually does.
+
+    Args:
+        signals: which ones; Ctrl-C sends SIGINT, a scheduler that wants its machine back SIGTERM.
+    """
+
+    def __init__(self, *signals: signal.Signals):
         self.requested = False
-        self._previous: signal.Handlers | None = None
+        self._signals = signals
+        self._previous: dict[signal.Signals, Any] = {}
+        self._interrupting = False
 
     def __enter__(self) -> Self:
         # signal handlers can be set in the main thread only; elsewhere nobody presses Ctrl-C
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)  # type: ignore[assignment]
+            self._previous = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within it a signal raises `Interrupted`, at once if there has been one: for work that can be done again."""
+        self._interrupting = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._interrupting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self._interrupting:
+            raise Interrupted
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For the processes that read data: the one that trains decides what a signal to all of them means."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

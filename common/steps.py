@@ -30,8 +30,11 @@ class LoopConfig:
         metadata={"help": "images that a process handles at a time, gradients being added up; default: all of its own"},
     )
     learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the last step"})
-    warmup_steps: int = field(default=1000, metadata={"help": "steps of linear warm-up, before the cosine"})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the last step of a cosine"})
+    schedule: Literal["cosine", "constant"] = field(
+        default="cosine", metadata={"help": "of the learning rate, after the warm-up"}
+    )
+    warmup_steps: int = field(default=1000, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay, on matrices only"})
     beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
     beta2: float = field(default=0.95, metadata={"help": "AdamW beta2"})
@@ -61,15 +64,19 @@ class LoopConfig:
         for name in ("min_learning_rate", "warmup_steps", "weight_decay", "num_workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.schedule not in ("cosine", "constant"):
+            raise InputError(f"schedule is {self.schedule!r}; allowed: cosine, constant")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine down to the minimum at the last step."""
+    """Linear warm-up to the peak; from there on the peak, or half a cosine down to the minimum at the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     swing = config.learning_rate - config.min_learning_rate
     return config.min_learning_rate + swing * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

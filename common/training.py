@@ -1,48 +1,38 @@
 """The training loop that both models share: optimizers, EMA, checkpoints, exact resume, one process or many."""
 
-import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.checkpoint import write_text
 from common.errors import InputError
-from common.players import OPPONENT_BETAS, Opponent, Player, make_optimizer
+from common.journal import Journal
+from common.players import OPPONENT_BETAS, Average, Opponent, Player, State, make_optimizer, shell_of
+from common.processes import Vote, whole
 from common.resuming import Checkpoints
-from common.runtime import has_fast_bfloat16, peak_memory_of_process, pick_device
+from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
 from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 REPORT_EVERY = 20  # steps
-# the main process evaluates while the others wait for it, perhaps for longer than the ten minutes that NCCL grants
-PATIENCE = timedelta(hours=6)
-UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # settings that a resumed run may change; with other `steps` the schedule is the new one from there on
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-    | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers"}
+    | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers", "init_from"}
+    | {"gradient_checkpointing", "loss_chunk"}  # these trade time for memory
     | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
 
@@ -60,40 +50,21 @@ class StepLoss:
     opponent: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
 
-def make_accelerator(config: LoopConfig) -> Accelerator:
-    """The accelerator that `accelerate launch` or a plain start describes; seeds the global generators.
+@dataclass(frozen=True, kw_only=True)
+class RunTasks:
+    """What the main process does beside training: look at the averaged model, and write it for its users.
 
-    Raises:
-        InputError: a tracker that accelerate does not know, or whose package is not installed, or a launcher's
-            settings that would be ignored.
+    Attributes:
+        evaluate: (averaged model, step) -> figures for the log; also writes pictures.
+        export: (averaged model) -> writes the model for its users.
+        finish: called after the last step.
+        speed: images a second over all processes -> figures for the progress bar and the trackers.
     """
-    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-    available = {str(name) for name in get_available_trackers()}
-    for name in config.trackers:
-        if name not in known:
-            raise InputError(f"tracker {name!r} is unknown; allowed: {', '.join(known)}")
-        if name not in available:
-            raise InputError(f"tracker {name} is not installed; pip install {name}, or leave it out of --trackers")
-    chosen: str = config.mixed_precision
-    if chosen == "auto":
-        device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else "auto")
-        chosen = "bf16" if has_fast_bfloat16(device) else "no"
-    torch.manual_seed(config.seed)
-    folders = ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
-    accelerator = Accelerator(
-        mixed_precision=chosen,
-        log_with=list(config.trackers) or None,
-        project_config=folders,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    if accelerator.distributed_type in UNSUPPORTED:
-        kind = accelerator.distributed_type.value
-        raise InputError(
-            f"accelerate is set up for {kind}, which this script does not know; launch it with --multi_gpu"
-        )
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise InputError("accelerate is set up to compile with dynamo; launch it without, and give --compile true")
-    return accelerator
+
+    evaluate: Callable[[Any, int], dict[str, Any]]
+    export: Callable[[Any], None]
+    finish: Callable[[], None] = lambda: None
+    speed: Callable[[float], dict[str, float]] = lambda rate: {"images_per_second": rate}
 
 
 class Loop:
@@ -118,27 +89,32 @@ class Loop:
         self.config, self.accelerator = config, accelerator
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
-        self.log = Path(config.output_dir) / "log.jsonl"
-        self.step = 0
+        self.journal = Journal(config.output_dir)
+        self.step = self._saved = 0
+        self.images_per_second = math.nan  # mean over this session's reports, without the first one if there are more
         self.plan = StepPlan(config, accelerator.process_index, accelerator.num_processes)
         if not config.resume and self.checkpoints.all():
             raise InputError(
                 f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder"
             )
         if not config.resume and accelerator.is_main_process:
-            self.log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            self.journal.begin()
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        shell = shell_of(model) if accelerator.is_main_process or not sharded else None
         betas = (config.beta1, config.beta2)
         self.player = self._player("", model, config.learning_rate, betas, config.weight_decay)
         self.opponent: Player | None = None
         if opponent is not None:
             self.opponent = self._player("opponent.", opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
-        self.ema = AveragedModel(self.player.bare, multi_avg_fn=self._average)
-        self.ema.requires_grad_(False).eval()
+        self.average = Average(shell, self.player.bare, config.ema_decay, sharded=sharded)
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
-        self._reported = (self.step, time.perf_counter())
+        self._loss = torch.zeros(())
+        self._vote = Vote(accelerator)
+        self._windows: list[tuple[int, float]] = []  # steps and seconds between reports
         if config.resume:
             self._restore()
+        self._reported = (self.step, time.perf_counter())
 
     def _player(
         self, prefix: str, model: nn.Module, rate: float, betas: tuple[float, float], weight_decay: float
@@ -159,19 +135,26 @@ class Loop:
         mean: Tensor = self.accelerator.reduce(value.detach().clone(), "mean")
         return mean
 
-    def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
-        # the count is read where it is kept, on the CPU: the argument is a copy on the device, to be waited for.
-        # a young average follows quickly, so that early evaluations show the model and not its start
-        count = int(self.ema.n_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema_decay, (1 + count) / (10 + count)))
-
-    def _state(self) -> dict[str, Tensor]:
-        state = self.player.state()
-        state |= {f"ema.{name}": value for name, value in self.ema.module.named_parameters()}
-        state["ema_updates"] = self.ema.n_averaged
+    def _state(self) -> State:
+        yield from self.player.state()
+        yield from self.average.state()
         if self.opponent is not None:
-            state |= self.opponent.state()
-        return {name: value.detach() for name, value in state.items()}
+            yield from self.opponent.state()
+
+    @torch.no_grad()
+    def _save(self) -> None:
+        """Write a checkpoint; all processes must call, so that shards come together in the main one."""
+        if self._saved == self.step:
+            return
+        self._saved = self.step
+        state: dict[str, Tensor] = {}
+        for name, value in self._state():
+            full = whole(value.detach())
+            if self.accelerator.is_main_process:
+                state[name] = full if full is value else full.cpu()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.step, state, self.settings)
+        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -184,17 +167,12 @@ class Loop:
                 f"processes find different newest checkpoints in {self.checkpoints.folder} (steps {everyone}); "
                 "output_dir must be one folder that all machines see alike"
             )
-        self.player.restore(state)
-        if self.opponent is not None:
-            self.opponent.restore(state)
-        for name, parameter in self.ema.module.named_parameters():
-            parameter.copy_(state[f"ema.{name}"])
-        self.ema.n_averaged.copy_(state["ema_updates"])
-        if self.accelerator.is_main_process and self.log.is_file():
-            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            write_text(self.log, "".join(kept))
-        self._reported = (self.step, time.perf_counter())
+        self._saved = self.step
+        for part in (self.player, self.average, self.opponent):
+            if part is not None:
+                part.restore(state)
+        if self.accelerator.is_main_process:
+            self.journal.cut(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
     def sampler(self, length: int) -> StepSampler:
@@ -202,19 +180,14 @@ class Loop:
         return StepSampler(length, self.plan, self.step)
 
     def run(
-        self,
-        batches: Iterable[Batch],
-        loss: Callable[[nn.Module, Batch, Part], StepLoss],
-        evaluate: Callable[[Any, int], dict[str, Any]],
-        export: Callable[[Any], None],
+        self, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch, Part], StepLoss], tasks: RunTasks
     ) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the process is asked to stop (SIGTERM, Ctrl-C): then a checkpoint is left.
 
         Args:
             batches: the micro-batches that are left, from `sampler`.
             loss: (model, micro-batch, its place in the step) -> what is to be minimised.
-            evaluate: (averaged model, step) -> figures for the log; also writes pictures. Main process only.
-            export: (averaged model) -> writes the model for its users. Main process only.
+            tasks: evaluation, export and the like.
         """
         config, accelerator = self.config, self.accelerator
         main = accelerator.is_main_process
@@ -223,26 +196,30 @@ class Loop:
         self.player.model.train()
         stream = iter(batches)
         with (
+            StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop,
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, smoothing=0.05) as bar,
         ):
-            while self.step < config.steps:
-                self._step(stream, loss, bar)
-                last = self.step == config.steps
-                if main and (self.step % config.evaluate_every == 0 or last):
-                    figures = evaluate(self.ema.module, self.step)
-                    self._append({"step": self.step, "evaluation": figures})
-                    self._track({f"evaluation/{name}": value for name, value in figures.items()})
-                    export(self.ema.module)
-                if main and (self.step % config.checkpoint_every == 0 or last):
-                    self.checkpoints.save(self.step, self._state(), self.settings)
-                if self.step % config.evaluate_every == 0 or self.step % config.checkpoint_every == 0:
-                    accelerator.wait_for_everyone()
+            # the evaluation of the step that a run was resumed at, where that was cut short
+            self._evaluate_if_due(tasks, stop)
+            while not self._vote.any(stop.requested) and self.step < config.steps:
+                self._step(stream, loss, tasks, bar)
+                self._evaluate_if_due(tasks, stop)
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self._save()
                     self._reported = (self.step, time.perf_counter())  # images/s is that of training alone
+        if self._vote.any(stop.requested):
+            self._check_health()
+            self._save()
+            logger.warning("stopped at step %d of %d, which is saved; --resume goes on", self.step, config.steps)
+        elif main:
+            tasks.finish()
         accelerator.wait_for_everyone()
         accelerator.end_training()
 
-    def _step(self, stream: Iterator[Batch], loss: Callable[[nn.Module, Batch, Part], StepLoss], bar: Any) -> None:
+    def _step(
+        self, stream: Iterator[Batch], loss: Callable[[nn.Module, Batch, Part], StepLoss], tasks: RunTasks, bar: Any
+    ) -> None:
         config, accelerator = self.config, self.accelerator
         rate = learning_rate_at(self.step, config)
         for group in self.player.optimizer.param_groups:
@@ -264,16 +241,17 @@ class Loop:
                     terms |= {f"opponent_{name}": value for name, value in theirs.items()}
             found.append({name: value.detach() for name, value in terms.items()})
         terms = {name: torch.stack([entry[name] for entry in found]).mean() for name in found[0]}
+        self._loss = terms["loss"]
         self._update(self.player, terms["loss"])
         if "opponent_loss" in terms and self.opponent is not None:
             self._update(self.opponent, terms["opponent_loss"])
-        self.ema.update_parameters(self.player.bare)
+        self.average.update()
         self.step += 1
         bar.update()
         # a checkpoint or an export is never written of a run that has gone astray: the report looks first
         due = (REPORT_EVERY, config.checkpoint_every, config.evaluate_every)
         if self.step == config.steps or any(self.step % every == 0 for every in due):
-            self._report(terms, rate, bar)
+            self._report(terms, rate, tasks, bar)
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -285,39 +263,61 @@ class Loop:
             yield
 
     def _update(self, player: Player, loss: Tensor) -> None:
-        norm = self.accelerator.clip_grad_norm_(player.bare.parameters(), self.config.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(player.bare.parameters(), self.config.max_grad_norm))
         self._healthy &= torch.isfinite(norm) & torch.isfinite(loss)
         player.optimizer.step()
         player.optimizer.zero_grad(set_to_none=True)
 
-    def _report(self, terms: dict[str, Tensor], rate: float, bar: Any) -> None:
+    def _evaluate_if_due(self, tasks: RunTasks, stop: StopOnSignal) -> None:
+        """Evaluate and export after every `evaluate_every` steps and the last; given up where the run is to stop."""
+        if self.step == 0 or (self.step % self.config.evaluate_every and self.step != self.config.steps):
+            return
+        averaged = self.average.model()
+        if self.accelerator.is_main_process and self.step not in self.journal.evaluations():
+            try:
+                with stop.interrupting():
+                    figures = tasks.evaluate(averaged, self.step)
+                    tasks.export(averaged)
+                self.journal.append({"step": self.step, "evaluation": figures})
+                self._track({f"evaluation/{name}": value for name, value in figures.items()})
+            except Interrupted:
+                logger.warning("the evaluation at step %d was given up; --resume makes up for it", self.step)
+        self.average.release()
+        self.accelerator.wait_for_everyone()
+        self._reported = (self.step, time.perf_counter())
+
+    def _report(self, terms: dict[str, Tensor], rate: float, tasks: RunTasks, bar: Any) -> None:
         values = {name: self.accelerator.reduce(value, "mean").item() for name, value in terms.items()}
-        if self.accelerator.reduce((~self._healthy).float(), "sum").item():
-            raise InputError(self._last_words(values["loss"]))
+        self._check_health()
         step, before = self._reported
         self._reported = (self.step, time.perf_counter())
-        speed = (self.step - step) * self.config.batch_size / max(1e-9, self._reported[1] - before)
+        self._windows.append((self.step - step, self._reported[1] - before))
+        # the first one has compilation and the start of the workers in it
+        counted = self._windows[1:] or self._windows
+        self.images_per_second = self.config.batch_size * sum(n for n, _ in counted) / sum(s for _, s in counted)
         if self.accelerator.is_main_process:
-            shown = {name: f"{value:.3f}" for name, value in values.items()}
-            memory = peak_memory_of_process(self.accelerator.device)
-            bar.set_postfix({"images/s": f"{speed:.0f}", **({"GB": f"{memory / 1e9:.1f}"} if memory else {}), **shown})
-            self._append({"step": self.step, "learning_rate": rate, **values})
-            self._track({"learning_rate": rate, "images_per_second": speed, **values})
+            speed = tasks.speed(self._windows[-1][0] * self.config.batch_size / self._windows[-1][1])
+            shown = {
+                name.replace("_per_second", "/s"): f"{value:.3g}" if value < 1 else f"{value:,.0f}"
+                for name, value in speed.items()
+            }
+            if memory := peak_memory_of_process(self.accelerator.device):
+                shown["GB"] = f"{memory / 1e9:.1f}"
+            bar.set_postfix({**shown, **{name: f"{value:.3f}" for name, value in values.items()}})
+            self.journal.append({"step": self.step, "learning_rate": rate, **values})
+            self._track({"learning_rate": rate, **speed, **values})
 
-    def _last_words(self, loss: float) -> str:
+    def _check_health(self) -> None:
+        if not self.accelerator.reduce((~self._healthy).float(), "sum").item():
+            return
         saved: Sequence[Path] = self.checkpoints.all()
         where = f"--resume goes on from {saved[-1]}" if saved else "there is no checkpoint yet, so start anew"
-        return (
-            f"a loss or a gradient has become infinite or NaN by step {self.step} (loss {loss:.4g}); {where}; "
-            "take a lower learning_rate or max_grad_norm"
+        raise InputError(
+            f"a loss or a gradient has become infinite or NaN by step {self.step} (loss {self._loss.item():.4g}); "
+            f"{where}; take a lower learning_rate or max_grad_norm"
         )
 
     def _track(self, values: dict[str, Any]) -> None:
         if self.config.trackers:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self.accelerator.log({k: v for k, v in numbers.items() if math.isfinite(v)}, step=self.step)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")

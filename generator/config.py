@@ -32,14 +32,27 @@ class GeneratorConfig:
         if not 0 <= self.attention_dropout < 1:
             raise InputError(f"attention_dropout is {self.attention_dropout}; it must be in [0, 1)")
 
+    @classmethod
+    def of(cls, config: LlamaConfig) -> Self:
+        """The size of a model that there is."""
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            rope_theta=float(dict(config.rope_parameters or {})["rope_theta"]),
+            attention_dropout=float(config.attention_dropout or 0),
+        )
 
-# B and L are the paper's; S is for machines without a GPU, XL the next size up. Parameters with 14 bits and 1000
-# classes: 43.1M (25.3M of them in blocks), 111.6M, 343.9M, 775.9M.
+
+# B and L are the paper's; XL and XXL are the next ones of the family that they come from (LlamaGen, arXiv 2406.06525),
+# S is for machines without a GPU. Parameters with 14 bits and 1000 classes: 25.7M, 111.6M, 343.9M, 775.9M, 1,412.4M.
 GENERATOR_SIZES = {
-    "S": GeneratorConfig(num_layers=8, num_heads=8, hidden_size=512, intermediate_size=1376),
+    "S": GeneratorConfig(num_layers=7, num_heads=6, hidden_size=384, intermediate_size=1024),
     "B": GeneratorConfig(),
     "L": GeneratorConfig(num_layers=24, num_heads=16, hidden_size=1024, intermediate_size=2816),
     "XL": GeneratorConfig(num_layers=36, num_heads=20, hidden_size=1280, intermediate_size=3584),
+    "XXL": GeneratorConfig(num_layers=48, num_heads=24, hidden_size=1536, intermediate_size=4096),
 }
 
 

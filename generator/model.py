@@ -1,6 +1,7 @@
 """Building, saving and loading the generator: a plain `LlamaForCausalLM` and a card beside it."""
 
 import copy
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,54 @@ CARD_FILE = "channeltok.json"
 def build_generator(config: GeneratorConfig, layout: TokenLayout) -> LlamaForCausalLM:
     """A fresh model; its weights follow torch's global seed."""
     return LlamaForCausalLM(llama_config(config, layout))
+
+
+def start_from(
+    name_or_path: str | Path, layout: TokenLayout, size: GeneratorConfig
+) -> tuple[LlamaForCausalLM, GeneratorConfig]:
+    """A trained generator with the classes of another data set: their rows are new, all else is kept.
+
+    A new class begins as the null class, if the model was trained with one, and otherwise as the mean of
+    the old classes; so the first pictures are of any class, and what all classes share need not be learned anew.
+
+    Args:
+        name_or_path: a folder that `train_ar.py` wrote, its generator/, or a name on the Hugging Face hub.
+        layout: of the new classes.
+        size: as the user gave it; must be the model's own, or the default.
+
+    Returns:
+        The model, and its size.
+
+    Raises:
+        InputError: a model of another tokenizer, or of another size than was asked for.
+    """
+    folder = resolve_folder(name_or_path)
+    model, old = load_generator(folder / "generator" if (folder / "generator").is_dir() else folder)
+    for name in ("tokenizer_fingerprint", "num_channels", "num_bits"):
+        there, wanted = getattr(old, name), getattr(layout, name)
+        if there != wanted:
+            raise InputError(
+                f"init_from {name_or_path} was trained with {name} {there}, these tokens have {wanted}; "
+                "extract them with the tokenizer of that model"
+            )
+    found = GeneratorConfig.of(model.config)
+    given = dataclasses.replace(size, attention_dropout=found.attention_dropout)
+    if given not in (found, GeneratorConfig(attention_dropout=found.attention_dropout)):
+        wrong = next(name for name in asdict(found) if getattr(given, name) != getattr(found, name))
+        raise InputError(
+            f"{wrong} is {getattr(given, wrong)}, but init_from {name_or_path} has {getattr(found, wrong)}; "
+            "leave the size out, it is the model's"
+        )
+    found = dataclasses.replace(found, attention_dropout=size.attention_dropout)
+    fresh = LlamaForCausalLM(llama_config(found, layout))
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = state[name]
+        codes, classes, null = rows.split([old.codebook_size, old.num_classes, 1])
+        start = null if old.has_null_label else classes.mean(0, keepdim=True)
+        state[name] = torch.cat([codes, start.expand(layout.num_classes, -1), start])
+    fresh.load_state_dict(state)
+    return fresh, found
 
 
 def save_generator(model: LlamaForCausalLM, layout: TokenLayout, folder: str | Path, dtype: str = "float32") -> None:

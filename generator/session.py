@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil
-from common.runtime import StopOnInterrupt, is_out_of_memory
+from common.runtime import StopOnSignal, is_out_of_memory
 from generator.config import TokenLayout
 from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline, PipelineStep, Preview
@@ -123,7 +124,7 @@ def _steps(pipeline: ChannelTokPipeline, request: DrawingRequest) -> Iterator[Pi
     return pipeline.refine(request.class_labels, request.sketch_tokens, request.keep, end, request.seeds, **options)
 
 
-def _draw_batch(pipeline: ChannelTokPipeline, request: DrawingRequest, bar: tqdm, interrupt: StopOnInterrupt) -> _Batch:
+def _draw_batch(pipeline: ChannelTokPipeline, request: DrawingRequest, bar: tqdm, interrupt: StopOnSignal) -> _Batch:
     previews: dict[int, Preview] = {}
     for step in _steps(pipeline, request):
         if step.num_tokens in request.previews:
@@ -136,7 +137,7 @@ def _draw_batch(pipeline: ChannelTokPipeline, request: DrawingRequest, bar: tqdm
 
 
 def _draw_batches(
-    pipeline: ChannelTokPipeline, request: DrawingRequest, bar: tqdm, interrupt: StopOnInterrupt
+    pipeline: ChannelTokPipeline, request: DrawingRequest, bar: tqdm, interrupt: StopOnSignal
 ) -> list[_Batch]:
     done: list[_Batch] = []
     size, start = min(request.batch_size, len(request.class_labels)), 0
@@ -194,7 +195,7 @@ def draw_to_folder(
     in_place = continued_path is not None and continued_path.resolve() == (output_dir / "tokens.npz").resolve()
     total, given = len(request.class_labels), sum(request.prefix_lengths or [])
     with (
-        StopOnInterrupt() as interrupt,
+        StopOnSignal(signal.SIGINT) as interrupt,
         tqdm(total=sum(request.num_tokens) - given, unit="token", delay=2) as bar,
     ):
         batches = _draw_batches(pipeline, request, bar, interrupt)

@@ -1,7 +1,6 @@
 """Training the generator: a token store in, a folder that `sample.py --model` draws from out."""
 
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,29 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
 
 from common.checkpoint import folder_written_whole
 from common.errors import InputError
-from common.images import captioned_table, save_png, to_pil, to_uint8
-from common.runtime import send
+from common.measuring import machine
+from common.peak import peak_of
+from common.processes import make_accelerator
+from common.runtime import check_can_compile, leave_signals_to_the_trainer, send
 from common.steps import LoopConfig, Part
-from common.training import Loop, StepLoss, make_accelerator
+from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
-from generator.decode import CachedDecoder
-from generator.engine import Engine
-from generator.generate import stream
-from generator.model import build_generator, save_generator
-from generator.sampling import SamplingConfig
+from generator.model import build_generator, save_generator, start_from
+from generator.objective import WEIGHTINGS, NextTokenNats, Weighting, flops_per_token, position_weights
+from generator.progress import Baselines, Progress, draw_sheet, write_report
 from generator.tokens import TokenBatch, TokenDataset, TokenStore, collate_tokens
 
 logger = logging.getLogger(__name__)
-PICTURE_CLASSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +35,26 @@ class GeneratorTrainingConfig(LoopConfig):
     """Settings of train_ar.py beside the model's size."""
 
     tokens: str = field(metadata={"help": "token store, from extract_tokens.py"})
-    label_dropout: float = field(default=0.1, metadata={"help": "share of labels replaced by the null label"})
-    position_weighting: Literal["none", "linear"] = field(
-        default="none", metadata={"help": "linear: the loss weighs 2 at the first token, falling to 1 at the last"}
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "begin with the weights of a trained generator; the rows of its classes are replaced"},
     )
+    label_dropout: float = field(default=0.1, metadata={"help": "share of labels replaced by the null label"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "share of entries zeroed after the embedding, every attention and every MLP"}
+    )
+    position_weighting: Weighting = field(
+        default="none",
+        metadata={"help": "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"},
+    )
+    loss_chunk: int = field(
+        default=8192, metadata={"help": "tokens whose logits exist at a time, to save memory; 0 = all at once"}
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "compute blocks again in the backward pass: less memory, a third more time"},
+    )
+    compile: bool = field(default=False, metadata={"help": "compile the blocks and the loss with torch.compile"})
     save_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "number format of the exported generator"}
     )
@@ -50,48 +62,30 @@ class GeneratorTrainingConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.label_dropout < 1:
-            raise InputError(f"label_dropout is {self.label_dropout}; it must be in [0, 1)")
+        for name in ("label_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.position_weighting not in WEIGHTINGS:
+            raise InputError(f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        if self.loss_chunk < 0:
+            raise InputError(f"loss_chunk is {self.loss_chunk}; it must be 0 (off) or above")
         if self.validation_images < 1:
             raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
 
 
-def position_weights(kind: str, num_channels: int) -> Tensor:
-    """Weight of each position's loss, mean 1: (C,)."""
-    if kind == "none":
-        return torch.ones(num_channels)
-    weights = torch.linspace(2, 1, num_channels)
-    return weights / weights.mean()
-
-
-def losses_by_position(model: nn.Module, layout: TokenLayout, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of every token, over all rows of the head: tokens (b c), labels (b,) -> (b c)."""
-    logits = model(input_ids=layout.inputs(labels, tokens), use_cache=False).logits
-    flat = F.cross_entropy(rearrange(logits, "b c v -> (b c) v").float(), tokens.flatten(), reduction="none")
-    return rearrange(flat, "(b c) -> b c", b=len(tokens))
-
-
-def unigram_loss(train_counts: Tensor, val_counts: Tensor) -> float:
-    """Nats a token on val of the model that knows each position's token frequencies on train, and nothing else.
-
-    Counts are (C, codebook_size); every token is counted once more than seen, so that none is impossible.
-    """
-    log_odds = ((train_counts + 1).double() / (train_counts + 1).sum(-1, keepdim=True)).log()
-    return float(-(val_counts * log_odds).sum() / val_counts.sum())
-
-
 def train_generator(
-    training: GeneratorTrainingConfig, size: GeneratorConfig, detokenize: Callable[[Tensor], Tensor]
+    training: GeneratorTrainingConfig, size: GeneratorConfig, detokenize: Callable[[Tensor], Tensor], command: str
 ) -> None:
     """Train a generator and write it to training.output_dir.
 
     The folder holds tokenizer/ and generator/ (the averaged weights), so `sample.py --model output_dir`
-    draws with it; also checkpoints/, samples/step-NNNNNNNN.png and log.jsonl.
+    draws with it; also checkpoints/, samples/step-NNNNNNNN.png, log.jsonl, and at the end report.md.
 
     Args:
         training: settings.
-        size: the model's.
+        size: the model's; with training.init_from the default, or that model's.
         detokenize: tokens (b k) -> images (b 3 H W) in [-1, 1], with the store's tokenizer.
+        command: as the user typed it, for the report.
 
     Raises:
         InputError: settings or a store that cannot be used.
@@ -105,12 +99,28 @@ def train_generator(
         tokenizer_fingerprint=header.tokenizer_fingerprint,
         has_null_label=training.label_dropout > 0,
     )
-    accelerator = make_accelerator(training)
+    accelerator = make_accelerator(training, can_shard=True)
+    if training.compile:
+        check_can_compile(accelerator.device)
     output_dir = Path(training.output_dir)
     train_set = TokenDataset(store, "train", training.seed)
     val_set = TokenDataset(store, "val", None)
-    unigram = unigram_loss(train_set.counts(), val_set.counts())
-    loop = Loop(build_generator(size, layout), training, accelerator, {"size": asdict(size), "store": asdict(header)})
+    baselines = Baselines.of(train_set.counts(), val_set.counts())
+    if training.init_from is None:
+        llama = build_generator(size, layout)
+    else:
+        llama, size = start_from(training.init_from, layout, size)
+    model = NextTokenNats(
+        llama,
+        layout,
+        chunk=training.loss_chunk,
+        dropout=training.dropout,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    if training.compile:
+        model.compile_blocks()
+    flops, parameters = flops_per_token(llama, header.num_channels), llama.num_parameters()
+    loop = Loop(model, training, accelerator, {"size": asdict(size), "store": asdict(header)})
     if accelerator.is_main_process and not (output_dir / "tokenizer").exists():
         with folder_written_whole(output_dir / "tokenizer") as temporary:
             shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
@@ -118,6 +128,7 @@ def train_generator(
         train_set,
         batch_sampler=loop.sampler(len(train_set)),
         num_workers=training.num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
         collate_fn=collate_tokens,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -127,48 +138,53 @@ def train_generator(
         val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=collate_tokens
     )
     weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
+    dtype = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    peak = peak_of(accelerator.device, dtype)
 
     def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         tokens = batch.tokens.to(accelerator.device, non_blocking=True)
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         dropped = torch.rand(part.batch_size, generator=part.rng())[list(part.rows)] < training.label_dropout
         labels = torch.where(send(dropped, labels.device), layout.null_label, labels)
-        nats = losses_by_position(model, layout, tokens, labels)
+        nats = model(labels, tokens)
         return StepLoss(terms={"loss": (nats * weights).mean(), "nats": nats.mean(), "first": nats[:, 0].mean()})
 
     @torch.no_grad()
-    def evaluate(averaged: LlamaForCausalLM, step: int) -> dict[str, Any]:
-        found = []
-        for batch in tqdm(held_batches, desc="evaluation", leave=False):
-            with accelerator.autocast():
-                tokens, labels = batch.tokens.to(accelerator.device), batch.labels.to(accelerator.device)
-                found.append(losses_by_position(averaged, layout, tokens, labels))
-        by_position = torch.cat(found).double().mean(0)
-        nats = float(by_position.mean())
-        logger.info(
-            "step %d: validation %.3f nats a token (unigram %.3f, uniform %.3f); first token %.3f, last %.3f",
-            step, nats, unigram, math.log(layout.codebook_size), float(by_position[0]), float(by_position[-1]),
-        )  # fmt: skip
-        draw_sheet(averaged, layout, detokenize, output_dir / "samples" / f"step-{step:08d}.png")
-        rounded = [round(value, 4) for value in by_position.tolist()]
-        return {"nats": nats, "unigram_nats": unigram, "nats_by_position": rounded}
+    def evaluate(averaged: NextTokenNats, step: int) -> dict[str, Any]:
+        by_position = validation_nats(averaged, held_batches, accelerator)
+        figures = baselines.beside(by_position)
+        logger.info("step %d: validation %s", step, figures.line())
+        draw_sheet(averaged.llama, layout, detokenize, output_dir / "samples" / f"step-{step:08d}.png")
+        return figures.record()
 
-    def export(averaged: LlamaForCausalLM) -> None:
-        save_generator(averaged, layout, output_dir / "generator", training.save_dtype)
+    def export(averaged: NextTokenNats) -> None:
+        save_generator(averaged.llama, layout, output_dir / "generator", training.save_dtype)
 
-    loop.run(batches, loss, evaluate, export)
+    def speed(images_per_second: float) -> dict[str, float]:
+        tokens = images_per_second * header.num_channels
+        return {"tokens_per_second": tokens, "mfu": tokens * flops / (peak.flops * accelerator.num_processes)}
+
+    def finish() -> None:
+        progress = Progress(
+            command=command,
+            machine={**machine(accelerator.device), "processes": accelerator.num_processes, "dtype": dtype},
+            speed=speed(loop.images_per_second),
+            peak=peak,
+            flops_per_token=flops,
+            parameters=parameters,
+            sequences=len(train_set),
+            steps=training.steps,
+            batch_size=training.batch_size,
+        )
+        write_report(output_dir, loop.journal, baselines, progress)
+
+    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export, finish=finish, speed=speed))
 
 
-def draw_sheet(
-    model: LlamaForCausalLM, layout: TokenLayout, detokenize: Callable[[Tensor], Tensor], path: Path
-) -> None:
-    """Write a picture of samples with fixed seeds: a row for each of a few classes, a column for each k."""
-    shown = min(PICTURE_CLASSES, layout.num_classes)
-    labels = [i * layout.num_classes // shown for i in range(shown)]
-    lengths = [k for k in (4, 16, 64, 128, 256) if k < layout.num_channels] + [layout.num_channels]
-    engine = Engine(CachedDecoder.from_llama(model, layout))
-    *_, last = stream(engine, labels, labels, layout.num_channels, SamplingConfig())
-    columns = [to_uint8(detokenize(last.tokens[:, :k])) for k in lengths]
-    rows = [[to_pil(column[i]) for column in columns] for i in range(len(labels))]
-    names = [layout.class_names[label].split(",")[0][:20] for label in labels]
-    save_png(captioned_table(rows, names, [f"k={k}" for k in lengths]), path)
+def validation_nats(model: NextTokenNats, batches: Any, accelerator: Accelerator) -> Tensor:
+    """Mean nats of each position, (C,) float64 on the CPU."""
+    found = []
+    for batch in tqdm(batches, desc="evaluation", leave=False):
+        with accelerator.autocast():
+            found.append(model(batch.labels.to(accelerator.device), batch.tokens.to(accelerator.device)))
+    return torch.cat(found).double().mean(0).cpu()

@@ -85,7 +85,7 @@ def fidelity_elsewhere(path, tree):
 
 
 def accelerate_elsewhere(path, tree):
-    if room(path) == "scripts" or PurePosixPath(path).name == "training.py":
+    if room(path) == "scripts" or PurePosixPath(path).name == "training.py" or path == "common/processes.py":
         return []
     return [name for name in imports(path, tree) if name.split(".")[0] == "accelerate"]
 

@@ -118,7 +118,7 @@ def test_speed_of_a_size_without_tokenizer_counts_tokens_alone(scripts: ScriptRu
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "runs" / "speed" / "speed.json").read_text())
     (row,) = found["rows"]
-    assert found["generator"] == {"name": "S", "parameters": 43_107_840}
+    assert found["generator"] == {"name": "S", "parameters": 25_743_744}
     assert found["tokenizer"] is None
     assert row["pictures_decoded"] is False
     assert row["decode_ms"] is None
@@ -162,7 +162,7 @@ def test_speed_refuses_in_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["speed", "--generator", "M"], "'M' is unknown; allowed: S, B, L, XL"),
+        (["speed", "--generator", "M"], "'M' is unknown; allowed: S, B, L, XL, XXL"),
         (["speed", "--tokenizer", "paper"], "paper is no folder"),
         (["speed", "--model", "nowhere"], "nowhere"),
         (["sped"], "did you mean speed?"),
@@ -196,10 +196,11 @@ def test_guidance_needs_a_model_with_a_null_label(tiny_generator: LlamaForCausal
 @pytest.mark.parametrize(
     ("name", "blocks", "total"),
     [
-        ("S", 25_305_088, 43_107_840),
+        ("S", 12_391_680, 25_743_744),
         ("B", 84_953_088, 111_657_216),
         ("L", 308_330_496, 343_936_000),
         ("XL", 731_473_920, 775_980_800),
+        ("XXL", 1_359_101_952, 1_412_510_208),
     ],
 )
 def test_generator_sizes_have_the_parameters_that_are_told(name: str, blocks: int, total: int) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,22 @@ import torch
 from conftest import CLASS_NAMES, ScriptRunner
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import generator.training
+import generator.progress
 from common.errors import InputError
 from common.steps import LoopConfig, StepPlan, StepSampler
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
-from generator.model import build_generator, load_generator, save_generator
+from generator.model import load_generator, save_generator
+from generator.objective import NextTokenNats
 from generator.pipeline import ChannelTokPipeline
+from generator.progress import draw_sheet
 from generator.sampling import SamplingConfig
-from generator.training import GeneratorTrainingConfig, losses_by_position, position_weights, train_generator
+from generator.training import GeneratorTrainingConfig, train_generator
 from tokenizer import ChannelTokenizer
 
 C, CODES = 16, 64
@@ -55,46 +56,6 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------- loss
-
-
-def random_tokens(count: int) -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    return torch.randint(0, CODES, (count, C), generator=rng), torch.randint(0, 5, (count,), generator=rng)
-
-
-@torch.no_grad()
-def test_a_fresh_model_knows_nothing(tiny_layout: TokenLayout) -> None:
-    """Law 7: the loss is the logarithm of the number of rows that are scored."""
-    tokens, labels = random_tokens(64)
-    model = build_generator(GeneratorConfig(num_layers=2, num_heads=4, hidden_size=64), tiny_layout).eval()
-    losses = losses_by_position(model, tiny_layout, tokens, labels)
-    assert losses.shape == (64, C)
-    assert float(losses.mean()) == pytest.approx(math.log(CODES + 5 + 1), rel=0.01)
-
-
-@torch.no_grad()
-def test_the_loss_is_that_of_a_plain_loop(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> None:
-    tokens, labels = random_tokens(3)
-    found = losses_by_position(tiny_generator, tiny_layout, tokens, labels)
-    for i in range(3):
-        rows = [CODES + int(labels[i])]
-        for j in range(C):
-            # what predicts token j has read the class and the tokens before it, and nothing else
-            odds = tiny_generator(input_ids=torch.tensor([rows])).logits[0, -1].double().log_softmax(-1)
-            assert float(found[i, j]) == pytest.approx(-float(odds[tokens[i, j]]), rel=1e-4, abs=1e-4)
-            rows.append(int(tokens[i, j]))
-
-
-def test_position_weights_have_mean_one() -> None:
-    for count in (2, 16, 256):
-        assert position_weights("none", count).tolist() == [1.0] * count
-        weights = position_weights("linear", count)
-        assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
-        assert float(weights[0] / weights[-1]) == pytest.approx(2, rel=1e-5)
-        assert (weights[1:] < weights[:-1]).all()
-
-
 # ------------------------------------------------------------------------------------- a whole run
 
 
@@ -103,7 +64,8 @@ def trained(token_store: Path, tmp_path_factory: pytest.TempPathFactory, tiny_to
     """64 sequences learned by heart."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     run = settings(token_store, folder, steps=400, batch_size=64, label_dropout=0.05, checkpoint_every=400)
-    train_generator(run, dataclasses.replace(SIZE, hidden_size=64, intermediate_size=128), tiny_tokenizer.detokenize)
+    size = dataclasses.replace(SIZE, hidden_size=64, intermediate_size=128)
+    train_generator(run, size, tiny_tokenizer.detokenize, "train_ar.py --tokens store")
     return folder
 
 
@@ -156,15 +118,15 @@ def test_pictures_of_an_evaluation_show_each_class_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     captions: list[list[str]] = []
-    real = generator.training.captioned_table
+    real = generator.progress.captioned_table
 
     def spy(rows: Any, row_labels: list[str], column_labels: list[str]) -> Image.Image:
         captions[:] = [list(row_labels), list(column_labels)]
         return real(rows, row_labels, column_labels)
 
-    monkeypatch.setattr(generator.training, "captioned_table", spy)
+    monkeypatch.setattr(generator.progress, "captioned_table", spy)
     path = tmp_path / "samples" / "sheet.png"
-    generator.training.draw_sheet(tiny_generator, tiny_layout, tiny_tokenizer.detokenize, path)
+    draw_sheet(tiny_generator, tiny_layout, tiny_tokenizer.detokenize, path)
     with Image.open(path) as picture:
         picture.verify()
     assert captions[0] == [name.split(",")[0][:20] for name in CLASS_NAMES]
@@ -181,15 +143,15 @@ def test_label_dropout_has_its_share(
 ) -> None:
     shown: list[Tensor] = []
     evaluated: list[Tensor] = []
-    real: Callable[..., Tensor] = losses_by_position
+    real = NextTokenNats.forward
 
-    def spy(model: nn.Module, layout: TokenLayout, tokens: Tensor, labels: Tensor) -> Tensor:
+    def spy(model: NextTokenNats, labels: Tensor, tokens: Tensor) -> Tensor:
         (shown if torch.is_grad_enabled() else evaluated).append(labels)
-        return real(model, layout, tokens, labels)
+        return real(model, labels, tokens)
 
-    monkeypatch.setattr(generator.training, "losses_by_position", spy)
+    monkeypatch.setattr(NextTokenNats, "forward", spy)
     run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=share)
-    train_generator(run, SIZE, tiny_tokenizer.detokenize)
+    train_generator(run, SIZE, tiny_tokenizer.detokenize, "")
     labels = torch.cat(shown)
     assert len(labels) == 2560
     # 4 sigma of 2560 draws at 0.3
@@ -256,7 +218,8 @@ def test_loaded_logits_are_those_saved(
     for parameter in model.parameters():
         # weights alone: the rotary table stays float32, as in every model that transformers loads
         parameter.data = parameter.data.to(torch_dtype)
-    tokens, labels = random_tokens(3)
+    rng = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(0, CODES, (3, C), generator=rng), torch.randint(0, 5, (3,), generator=rng)
     with torch.no_grad():
         rows = tiny_layout.inputs(labels, tokens)
         assert torch.equal(loaded(input_ids=rows).logits, model(input_ids=rows).logits)
@@ -429,14 +392,14 @@ def same_run(found: Path, expected: Path) -> None:
 def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
     """What the comparisons below compare is not trivially equal."""
     states = [load_file(unbroken / f"checkpoints/step-000000{step}/training.safetensors") for step in (16, 24)]
-    assert not torch.equal(states[0]["model.lm_head.weight"], states[1]["model.lm_head.weight"])
-    assert not torch.equal(states[1]["ema.lm_head.weight"], states[1]["model.lm_head.weight"])
+    assert not torch.equal(states[0]["model.llama.lm_head.weight"], states[1]["model.llama.lm_head.weight"])
+    assert not torch.equal(states[1]["ema.llama.lm_head.weight"], states[1]["model.llama.lm_head.weight"])
     log = log_of(unbroken)
     assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
     assert [entry["step"] for entry in log if "evaluation" in entry] == [8, 16, 24]
     assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
     exported = load_file(unbroken / "generator/model.safetensors")
-    assert torch.equal(exported["lm_head.weight"], states[1]["ema.lm_head.weight"])
+    assert torch.equal(exported["lm_head.weight"], states[1]["ema.llama.lm_head.weight"])
 
 
 def test_killed_and_resumed_is_the_unbroken_run(

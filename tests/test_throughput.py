@@ -10,19 +10,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common import peak
 from common.errors import InputError
+from common.peak import MatmulProbe, products_as_in_convolutions
 from common.plots import Bar, save_bar_plot
 from tokenizer import ChannelTokenizer, TokenizerConfig
-from tokenizer.throughput import VARIANTS, ThroughputConfig, lanes, limits, measure, measure_throughput
+from tokenizer.throughput import VARIANTS, ThroughputConfig, lanes, measure, measure_throughput
 from tokenizer.throughput.lanes import Lane, Reference
-from tokenizer.throughput.limits import MatmulProbe, count_flops, products_as_in_convolutions
+from tokenizer.throughput.limits import count_flops
 from tokenizer.throughput.measure import reference_of, rows_of, run_lanes
 from tokenizer.throughput.report import HEADS, table, write_report
 from tokenizer.throughput.variants import Variant, VariantFactory
 
 CPU = torch.device("cpu")
 EAGER = ["eager", "eager-channels-last", "pictures"]
-SMALL_PROBE = "import tokenizer.throughput.limits as limits; limits.SMALLEST = limits.LARGEST = 16"
+SMALL_PROBE = "import common.peak as peak; peak.SMALLEST = peak.LARGEST = 16"
 FIELDS = {
     "variant", "task", "dtype", "layout", "batch_size", "device", "seconds", "images_per_second",
     "images_per_second_min", "images_per_second_max", "flops_per_second", "fraction_of_peak", "against_baseline",
@@ -32,8 +34,8 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def small_probe(monkeypatch):
-    monkeypatch.setattr(limits, "SMALLEST", 16)
-    monkeypatch.setattr(limits, "LARGEST", 16)
+    monkeypatch.setattr(peak, "SMALLEST", 16)
+    monkeypatch.setattr(peak, "LARGEST", 16)
 
 
 @pytest.fixture(scope="module")
@@ -514,15 +516,15 @@ def probe_with(best):
 
 
 def test_matrices_grow_until_a_product_is_long_enough(monkeypatch):
-    monkeypatch.setattr(limits, "LARGEST", 128)
+    monkeypatch.setattr(peak, "LARGEST", 128)
     seconds = []
-    monkeypatch.setattr(limits, "timed", lambda device, run: (seconds.append(len(run())) or len(run()) / 400, None))
+    monkeypatch.setattr(peak, "timed", lambda device, run: (seconds.append(len(run())) or len(run()) / 400, None))
     sized = MatmulProbe(device=CPU, dtypes=["float32", "bfloat16"])  # 0.16 s for 64 rows
     assert sized.sizes == {"float32": 64, "bfloat16": 64}
     sized.measure()
     assert sized.best == {dtype: pytest.approx(2 * 64**3 / 0.16) for dtype in ("float32", "bfloat16")}
     assert seconds[-3:] == [64] * 3
-    monkeypatch.setattr(limits, "LARGEST", 32)
+    monkeypatch.setattr(peak, "LARGEST", 32)
     assert MatmulProbe(device=CPU, dtypes=["float32"]).sizes == {"float32": 32}
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from common.errors import InputError
+from generator.progress import Baselines
 from generator.tokens import StoreHeader, TokenDataset, TokenStore, collate_tokens
-from generator.training import unigram_loss
 
 C, CODES, CLASSES = 4, 8, 3
 TRAIN_ROWS, VAL_ROWS = [5, 4, 2], [3]  # files 5 + 5 + 2, one of the second shard could not be read
@@ -248,15 +248,18 @@ def test_counts_are_those_of_a_plain_loop(store: TokenStore) -> None:
     assert int(found.sum()) == 2 * sum(TRAIN_ROWS) * C
 
 
-def test_unigram_loss_is_that_of_a_plain_loop(store: TokenStore) -> None:
+def test_baselines_are_those_of_a_plain_loop(store: TokenStore) -> None:
     train, val = TokenDataset(store, "train", 0).counts(), TokenDataset(store, "val", None).counts()
-    total, tokens = 0.0, 0
+    total, tokens = [0.0] * C, 0
     for views in content("val", 0)[0].tolist():
         for view in views:
+            tokens += 1
             for position, token in enumerate(view):
                 row = [count + 1 for count in train[position].tolist()]
-                total -= math.log(row[token] / sum(row))
-                tokens += 1
-    assert unigram_loss(train, val) == pytest.approx(total / tokens, rel=1e-12)
+                total[position] -= math.log(row[token] / sum(row))
+    found = Baselines.of(train, val)
+    assert found.unigram == pytest.approx([nats / tokens for nats in total], rel=1e-12)
+    assert found.uniform == pytest.approx(math.log(CODES), rel=1e-12)
     # nothing seen: every token is as likely as any other
-    assert unigram_loss(torch.zeros_like(train), val) == pytest.approx(math.log(CODES), rel=1e-12)
+    nothing = Baselines.of(torch.zeros_like(train), val)
+    assert nothing.unigram == pytest.approx([math.log(CODES)] * C, rel=1e-12)

@@ -1,16 +1,11 @@
 """The training loop with everything on: an opponent, micro-batches, several processes, real kills, trackers."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import REPO
 from safetensors.numpy import load_file
 
 from tokenizer import ChannelTokenizer
@@ -30,10 +25,8 @@ GAN = ["--gan-weight", 0.1, "--gan-start-step", 2, "--gan-width", 32, "--gan-lay
 
 @pytest.fixture(scope="module")
 def train(scripts, data):
-    def run(output_dir, *more, before=""):
-        done = scripts(
-            "train_tokenizer.py", "--data-dir", data, "--output-dir", output_dir, *FLAGS, *more, before=before
-        )
+    def run(output_dir, *more, **how):
+        done = scripts("train_tokenizer.py", "--data-dir", data, "--output-dir", output_dir, *FLAGS, *more, **how)
         assert "Traceback" not in done.err, done.err
         return done
 
@@ -60,19 +53,9 @@ def close(found, expected, rtol):
             assert ours[name] == pytest.approx(value, rel=rtol, abs=rtol), (name, theirs["step"])
 
 
-def torchrun(data, output_dir, processes, *more):
-    words = ["--nproc_per_node", processes, "--standalone", REPO / "train_tokenizer.py"]
-    words += ["--data-dir", data, "--output-dir", output_dir, *FLAGS, *more]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
-def test_two_processes_give_the_loss_curve_of_one(data, with_opponent, tmp_path):
-    done = torchrun(data, tmp_path / "two", 2, *GAN, "--gan-weighting", "adaptive")
-    assert done.returncode == 0, done.stderr
+def test_two_processes_give_the_loss_curve_of_one(train, with_opponent, tmp_path):
+    done = train(tmp_path / "two", *GAN, "--gan-weighting", "adaptive", processes=2)
+    assert done.code == 0, done.err
     close(curve(tmp_path / "two"), curve(with_opponent), rtol=2e-4)
     one, two = (load_file(folder / "model.safetensors") for folder in (with_opponent, tmp_path / "two"))
     assert all(np.allclose(one[name], two[name], atol=2e-3) for name in one)
@@ -130,16 +113,13 @@ def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, wit
     for _ in range(3):
         before = set(checkpoints.glob("step-*"))
         resume = ("--resume",) if before else ()
-        process = subprocess.Popen(
-            scripts.command("train_tokenizer.py", [*flags, *resume]),
-            env=scripts.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        # the clock starts when the run has got somewhere, or most kills would fall into imports
-        while process.poll() is None and set(checkpoints.glob("step-*")) == before:
+        run = scripts.start("train_tokenizer.py", *flags, *resume)
+        # the clock starts when the run has got somewhere
+        while run.poll() is None and set(checkpoints.glob("step-*")) == before:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
+        run.kill()
+        if run.wait().code == 0:
             break
         kills += 1
         for path in checkpoints.glob("step-*"):

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
-from common.runtime import check_can_compile
+from common.processes import make_accelerator
+from common.runtime import check_can_compile, leave_signals_to_the_trainer
 from common.steps import LoopConfig, Part
-from common.training import Loop, StepLoss, make_accelerator
+from common.training import Loop, RunTasks, StepLoss
 from tokenizer.config import TokenizerConfig
 from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.discriminator import GanConfig
@@ -105,6 +106,7 @@ def train_tokenizer(
         images,
         batch_sampler=loop.sampler(len(images)),
         num_workers=training.num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
         collate_fn=collate,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -116,6 +118,7 @@ def train_tokenizer(
         held,
         batch_sampler=[chosen[i : i + 64] for i in range(0, len(chosen), 64)],
         num_workers=training.num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
         collate_fn=collate,
     )
 
@@ -147,6 +150,9 @@ def train_tokenizer(
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
         return {**figures, "unreadable": damaged}
 
-    loop.run(batches, loss, evaluate, lambda averaged: save_pretrained_whole(averaged, output_dir))
+    def export(averaged: ChannelTokenizer) -> None:
+        save_pretrained_whole(averaged, output_dir)
+
+    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
     if unreadable.names:
         logger.warning("%d unreadable images were skipped, see above", len(unreadable.names))

@@ -9,9 +9,9 @@ from torch import Tensor
 from common.errors import InputError
 from common.images import to_uint8
 from common.measuring import MemoryWatch, held_bytes
+from common.peak import timed
 from common.runtime import is_out_of_memory
 from tokenizer.throughput.config import COMPILED
-from tokenizer.throughput.limits import timed
 from tokenizer.throughput.variants import Variant
 
 OUT_OF_MEMORY = "out of memory"

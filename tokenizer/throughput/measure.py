@@ -12,10 +12,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.errors import InputError
+from common.peak import MatmulProbe
 from common.runtime import check_can_compile, move, pick_device
 from tokenizer.throughput.config import BASELINE, COMPILED, TASKS, ThroughputConfig, layout_of, tasks_of
 from tokenizer.throughput.lanes import OUT_OF_MEMORY, Lane, Reference, ran_out
-from tokenizer.throughput.limits import MatmulProbe, count_flops
+from tokenizer.throughput.limits import count_flops
 from tokenizer.throughput.variants import VariantFactory
 from tokenizer.tokenizer import ChannelTokenizer
 

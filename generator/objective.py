@@ -1,0 +1,122 @@
+"""What training minimises: the cross-entropy of every token, computed inside the module that is wrapped and sharded."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
+
+from generator.config import TokenLayout
+
+WEIGHTINGS = ("none", "linear", "exponential")
+Weighting = Literal["none", "linear", "exponential"]
+
+
+def position_weights(kind: Weighting, num_channels: int) -> Tensor:
+    """Weight of each position's loss, mean 1: (C,).
+
+    linear: falling from 2 at the first token to 1 at the last (the paper's size L, arXiv 2606.04461);
+    exponential: halved four times on the way, from 16 to 1.
+    """
+    weights = {
+        "none": torch.ones(num_channels),
+        "linear": torch.linspace(2, 1, num_channels),
+        "exponential": 2 ** torch.linspace(4, 0, num_channels),
+    }[kind]
+    return weights / weights.mean()
+
+
+def _nats(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Hidden states (r d), targets (r,) -> cross-entropy over all rows of the head, (r,) float32."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+class NextTokenNats(nn.Module):
+    """A Llama with its loss: class labels and tokens in, nats of every token out.
+
+    Logits of a whole batch are the largest thing in training (256 sequences of 256 tokens over 17,385 rows
+    take 4.6 GB in float32, and as much again for their gradient). So they are made for `chunk` tokens at
+    a time, and made again in the backward pass.
+
+    Args:
+        llama: trained in place.
+        layout: of its vocabulary.
+        chunk: tokens whose logits exist at a time; 0 = all.
+        dropout: share of entries zeroed after the embedding and in the output of every attention and MLP.
+        gradient_checkpointing: keep only the inputs of blocks, and compute blocks again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        llama: LlamaForCausalLM,
+        layout: TokenLayout,
+        *,
+        chunk: int = 0,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.llama, self.layout, self.chunk = llama, layout, chunk
+        self._nats = _nats
+        if gradient_checkpointing:
+            # the name that transformers gave it in 5.18, and the one it had before
+            new = hasattr(llama, "activation_checkpointing_enable")
+            enable = llama.activation_checkpointing_enable if new else llama.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if dropout:
+            # by hooks, so that what is saved stays a plain Llama
+            dropped = [llama.model.embed_tokens]
+            for block in llama.model.layers:
+                dropped += [block.self_attn.o_proj, block.mlp.down_proj]
+            for module in dropped:
+                module.register_forward_hook(_Dropout(dropout))
+
+    def compile_blocks(self) -> None:
+        """Compile each block and the loss, in place; as all blocks are alike, that takes as long as one."""
+        for block in self.llama.model.layers:
+            block.compile()
+        self._nats = torch.compile(_nats)
+
+    def forward(self, class_labels: Tensor, tokens: Tensor) -> Tensor:
+        """Class labels (b,) in [0, null_label] and tokens (b k) -> nats of every token (b k), float32."""
+        rows = self.layout.inputs(class_labels, tokens)
+        hidden = self.llama.model(input_ids=rows, use_cache=False).last_hidden_state
+        hidden, targets = rearrange(hidden, "b k d -> (b k) d"), rearrange(tokens, "b k -> (b k)")
+        if 0 < self.chunk < len(hidden):
+            parts = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
+            nats = torch.cat([self._again(part, target) for part, target in parts])
+        else:
+            nats = self._nats(hidden, self.llama.lm_head, targets)
+        return rearrange(nats, "(b k) -> b k", b=len(tokens))
+
+    def _again(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`_nats` of a chunk, whose logits are not kept for the backward pass."""
+        head = self.llama.lm_head
+        nats: Tensor = checkpoint(self._nats, hidden, head, targets, use_reentrant=False, preserve_rng_state=False)
+        return nats
+
+
+class _Dropout:
+    """A forward hook; drops while its module is in training."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.dropout(output, self.share, module.training)
+
+
+def flops_per_token(llama: LlamaForCausalLM, num_tokens: int) -> float:
+    """Operations that training on one token of sequences of `num_tokens` takes, forward and backward.
+
+    Two for each multiplication with its sum: 6 for every weight of the blocks and of the head, and
+    6 * layers * width * num_tokens for attention, half of a full square, since it looks back only (Chowdhery et al.,
+    2022, appendix B, counts the whole square). What is computed again to save memory does not count.
+    """
+    config = llama.config
+    weights = sum(parameter.numel() for parameter in llama.model.layers.parameters() if parameter.ndim == 2)
+    weights += llama.lm_head.weight.numel()
+    return 6.0 * weights + 6.0 * config.num_hidden_layers * config.hidden_size * num_tokens
