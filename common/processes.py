@@ -16,7 +16,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import InputError
@@ -79,8 +79,13 @@ def _set_up_sharding(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise InputError("accelerate is set up for FSDP 1; launch with --fsdp_version 2, as configs/fsdp.yaml does")
-    for name, instead in (("activation_checkpointing", "--gradient-checkpointing true"), ("cpu_offload", "more GPUs")):
-        if vars(plugin)[name]:
+    offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    refused = {
+        "activation_checkpointing": (plugin.activation_checkpointing, "--gradient-checkpointing true"),
+        "offload_params": (offloads, "more GPUs"),
+    }
+    for name, (asked, instead) in refused.items():
+        if asked:
             raise InputError(f"accelerate is set up with fsdp_{name}; launch without it, and use {instead} instead")
     # accelerate would also add gradients up in bfloat16, and round what the model returns
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
