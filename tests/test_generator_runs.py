@@ -1,7 +1,12 @@
 """Runs of train_ar.py as a cluster treats them: several processes, shards, kills, a full disk, a polite end (law 8)."""
 
 import json
-from collections.abc import Callable
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +105,175 @@ def test_many_processes_give_the_losses_of_one(
     assert {name: value.shape for name, value in checkpoints[0].items()} == {
         name: value.shape for name, value in checkpoints[1].items()
     }
+
+
+def test_a_sharded_run_is_continued_by_one_process(train: Train, alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop = SHARDED + STOP.format(step=7, who="1")
+    assert train(folder, *WITHOUT_DROPOUT, processes=2, before=stop).code == 0
+    assert (folder / "checkpoints" / "step-00000007").is_dir()
+    assert train(folder, *WITHOUT_DROPOUT, "--resume").code == 0
+    for ours, theirs in zip(curve(folder), curve(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+def test_shards_that_a_launcher_asks_for_in_vain_are_refused(train: Train, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", before="import os; os.environ['ACCELERATE_USE_FSDP'] = 'true'")
+    assert done.code == 2, done.err
+    assert "--use_fsdp" in done.err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------- kills
+
+# the process of that rank is asked to stop while it is in that step
+STOP = """
+import os, signal
+from common import training
+step = training.Loop._step
+def stopping(self, *arguments):
+    step(self, *arguments)
+    if self.step == {step} and os.environ.get("RANK", "0") == "{who}":
+        os.kill(os.getpid(), signal.SIGTERM)
+training.Loop._step = stopping
+"""
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 7))])
+def test_sigkill_at_random_times_leaves_no_trace(
+    scripts: ScriptRunner, train: Train, token_store: Path, unbroken: Path, tmp_path: Path, seed: int
+) -> None:
+    """Two real kills each, from outside, a moment after a checkpoint begins or ends."""
+    rng, folder = random.Random(seed), tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    for kill in range(2):
+        wanted = 1 + 3 * kill + rng.randrange(3)  # of the six checkpoints
+        words = [*FLAGS, "--keep-checkpoints", 6, *(("--resume",) if kill else ())]
+        run = scripts.start("train_ar.py", "--tokens", token_store, "--output-dir", folder, *words, before=SLOW_STEPS)
+        # partial ones count: half of the kills come while one is written
+        pattern = "*step-*" if rng.random() < 0.5 else "step-*"
+        while run.poll() is None and len(list(checkpoints.glob(pattern))) < wanted:
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03))
+        run.kill()
+        assert run.wait().code == -signal.SIGKILL
+        for path in checkpoints.glob("step-*"):
+            assert {file.name for file in path.iterdir()} == {"training.safetensors", "training.json"}
+    done = train(folder, "--keep-checkpoints", 6, "--resume")
+    assert done.code == 0, done.err
+    assert "resumed at step" in done.err
+    same(folder, unbroken)
+
+
+# steps slow enough to aim at, and checkpoints on a disk that takes its time
+SLOW_STEPS = """
+import time
+from common import checkpoint, training
+step, sync = training.Loop._step, checkpoint._sync
+training.Loop._step = lambda self, *arguments: (time.sleep(0.02), step(self, *arguments))[1]
+checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
+"""
+
+
+@pytest.mark.parametrize(("step", "processes", "who"), [(5, 1, 0), (6, 1, 0), (7, 2, 1), (12, 1, 0)])
+def test_sigterm_saves_and_ends_well(
+    train: Train, unbroken: Path, alone: Path, tmp_path: Path, step: int, processes: int, who: int
+) -> None:
+    """Whichever process is told: all stop after the same step."""
+    folder = tmp_path / "run"
+    flags = WITHOUT_DROPOUT if processes > 1 else ()
+    done = train(folder, *flags, processes=processes, before=STOP.format(step=step, who=who))
+    assert done.code == 0, done.err
+    assert f"stopped at step {step} of 12" in done.err
+    assert (folder / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert not (folder / "report.md").exists()
+    done = train(folder, *flags, "--resume", processes=processes)
+    assert done.code == 0, done.err
+    assert (folder / "report.md").is_file()
+    if processes == 1:
+        same(folder, unbroken)
+    else:
+        assert [record["step"] for record in curve(folder)] == [record["step"] for record in curve(alone)]
+
+
+def test_sigterm_does_not_wait_for_an_evaluation_which_is_made_up_for(
+    scripts: ScriptRunner, train: Train, token_store: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    folder, mark = tmp_path / "run", tmp_path / "evaluating"
+    slow = f"""
+import pathlib, time
+from generator import training
+def sheet(*arguments):
+    pathlib.Path({str(mark)!r}).touch()
+    time.sleep(300)
+training.draw_sheet = sheet
+"""
+    run = scripts.start("train_ar.py", "--tokens", token_store, "--output-dir", folder, *FLAGS, before=slow)
+    while not mark.exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill(signal.SIGTERM)
+    done = run.wait(60)
+    assert done.code == 0, done.err
+    assert "evaluation at step 6 was given up" in done.err
+    assert "stopped at step 6 of 12" in done.err
+    assert train(folder, "--resume").code == 0
+    same(folder, unbroken)
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-00000006.png", "step-00000012.png"]
+
+
+def test_workers_leave_a_signal_to_all_processes_to_the_trainer(
+    scripts: ScriptRunner, train: Train, token_store: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = ("--tokens", token_store, "--output-dir", folder, *FLAGS, "--num-workers", 1)
+    run = scripts.start("train_ar.py", *words, before=SLOW_STEPS)
+    while not list((folder / "checkpoints").glob("step-*")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    (pid,) = run.pids
+    workers = [int(line) for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+    run.kill(signal.SIGTERM)
+    done = run.wait(60)
+    assert done.code == 0, done.err
+    assert "stopped at step" in done.err
+    assert train(folder, "--resume", "--num-workers", 1).code == 0
+    same(folder, unbroken)
+
+
+# ------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_a_run_with_one_line_and_leaves_the_last_checkpoint(
+    train: Train, small_disk: Path, unbroken: Path
+) -> None:
+    folder = small_disk / "run"
+    done = train(folder, "--keep-checkpoints", 6, "--evaluate-every", 12)
+    assert done.code == 2, done.err
+    assert "No space left" in done.err.splitlines()[-1]
+    saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert 1 <= len(saved) < 6
+    for name in saved:
+        assert {path.name for path in (folder / "checkpoints" / name).iterdir()} == {
+            "training.safetensors",
+            "training.json",
+        }
+    # room is made, and it goes on
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    resumed = train(folder, "--keep-checkpoints", 1, "--resume", "--evaluate-every", 12)
+    assert resumed.code == 0, resumed.err
+    assert (folder / RESULTS[2]).read_bytes() == (unbroken / RESULTS[2]).read_bytes()
