@@ -78,7 +78,7 @@ def make_accelerator(config: LoopConfig, *, can_shard: bool = False) -> Accelera
 def _set_up_sharding(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise InputError("accelerate is set up for FSDP 1; launch with --fsdp_version 2, as configs/fsdp.yaml does")
+        raise InputError("accelerate is set up for FSDP 1; launch with --fsdp_version 2, see docs/cluster/fsdp.yaml")
     offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     refused = {
         "activation_checkpointing": (plugin.activation_checkpointing, "--gradient-checkpointing true"),

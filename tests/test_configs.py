@@ -1,21 +1,31 @@
 """The files in configs/ are what they say, and the published layouts are read."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from oracles.published import published_shapes
 from safetensors import safe_open
 
 import train_tokenizer
 from common import cli
-from generator.config import GeneratorConfig
+from common.steps import StepPlan
+from generator.config import GENERATOR_SIZES, GeneratorConfig
 from generator.training import GeneratorTrainingConfig
 from tokenizer import ChannelTokenizer, TokenizerConfig
 from tokenizer.published import published_config, rename_published_keys
 
 REPO = Path(__file__).resolve().parents[1]
 NEEDED = ["--data_dir", "photos", "--output_dir", "run"]
+PARAMETERS = {  # counted in tests/test_benchmark.py
+    "S": 25_743_744, "B": 111_657_216, "L": 343_936_000, "XL": 775_980_800, "XXL": 1_412_510_208,
+}  # fmt: skip
 PAPER = {
     "paper-256": (72_389_985, 256, 14, [128, 128, 128, 256, 256, 512], [128, 128, 256, 256, 512], [], []),
     "paper-512": (
@@ -55,6 +65,39 @@ def test_the_paper_s_configs_have_the_paper_s_sizes(name):
     assert (loss.l1_weight, loss.lpips_weight, loss.perceptual) == (0.25, 1.0, "lpips")
     assert loss.entropy_group_bits == model.num_bits
     assert training.batch_size % training.micro_batch_size == 0
+
+
+@pytest.mark.parametrize("name", GENERATOR_SIZES)
+def test_the_generators_configs_have_the_sizes_and_the_paper_s_recipe(name):
+    settings = parsed(REPO / "configs" / f"generator-{name.lower()}.yaml")
+    size, training = settings["GeneratorConfig"], settings["GeneratorTrainingConfig"]
+    assert dataclasses.replace(size, attention_dropout=0.0) == GENERATOR_SIZES[name]
+    epochs = 100 if name == "S" else 300
+    assert 0 <= training.steps * training.batch_size - epochs * 1_281_167 < training.batch_size
+    assert (training.batch_size, training.beta1, training.beta2, training.weight_decay) == (256, 0.9, 0.95, 0.05)
+    assert (training.max_grad_norm, training.label_dropout, training.dropout) == (1.0, 0.1, 0.1)
+    paper = {"B": (4e-4, "none"), "L": (3e-4, "linear")}
+    if name in paper:
+        assert (training.learning_rate, training.position_weighting) == paper[name]
+    for world_size in (1, 2, 4, 8):
+        StepPlan(training, 0, world_size)
+    first = (REPO / "configs" / f"generator-{name.lower()}.yaml").read_text().splitlines()[0]
+    assert f"# {name}: {PARAMETERS[name]:,} parameters" in first
+
+
+def test_the_settings_for_shards_are_those_that_accelerate_reads(monkeypatch):
+    path = REPO / "docs" / "cluster" / "fsdp.yaml"
+    config = ClusterConfig.from_yaml_file(str(path))
+    assert (config.distributed_type, config.mixed_precision) == (DistributedType.FSDP, "bf16")
+    assert config.to_dict().items() >= yaml.safe_load(path.read_text()).items()
+    words = ["--config_file", str(path), "train_ar.py"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    assert plugin.reshard_after_forward is True
 
 
 def test_the_oracle_of_published_keys_gives_those_of_a_published_state():

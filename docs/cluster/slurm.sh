@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# sbatch docs/cluster/slurm.sh: two machines of eight GPUs. A job whose time ends, or that is preempted, is sent SIGTERM two
+# minutes before, saves and ends; then the job is put in line again, and goes on from there.
+#SBATCH --job-name=channeltok
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+RUN=runs/generator-l
+STARTED=$(mktemp)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# the first start has nothing to go on from
+RESUME=$([ -d "$RUN/checkpoints" ] && echo --resume || true)
+export HEAD RUN RESUME
+
+# the launcher runs once a machine; exec, so that signals reach it. A launcher that was told to end does not exit with 0.
+srun bash -c 'exec accelerate launch \
+    --multi_gpu --mixed_precision bf16 --num_machines "$SLURM_NNODES" --num_processes $((8 * SLURM_NNODES)) \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port 29500 --rdzv_backend c10d \
+    train_ar.py --config configs/generator-l.yaml --tokens runs/tokens --output-dir "$RUN" $RESUME' || true
+
+# not finished, but further than when this job began: once more
+if [ ! -f "$RUN/report.md" ] && [ -n "$(find "$RUN/checkpoints" -newer "$STARTED" -name training.json)" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
