@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, ScriptRunner
+from conftest import REPO, Finished, ScriptRunner
 from safetensors.numpy import load_file
 
 FLAGS: list[object] = [
@@ -105,6 +106,25 @@ def test_many_processes_give_the_losses_of_one(
     assert {name: value.shape for name, value in checkpoints[0].items()} == {
         name: value.shape for name, value in checkpoints[1].items()
     }
+
+
+def test_the_two_process_command_of_the_docs_runs_as_it_stands(token_store: Path, tmp_path: Path) -> None:
+    lines = (REPO / "docs" / "training.md").read_text().splitlines()
+    (command,) = [line for line in lines if line.startswith("ACCELERATE_USE_CPU=true torchrun")]
+    assert "train_ar.py" in command
+    for name in ("train_ar.py", "configs"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tokens").symlink_to(token_store)
+    smaller = ["--steps", 2, "--batch-size", 4, "--num-layers", 1, "--num-workers", 0, "--warmup-steps", 1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        " ".join([command, *map(str, smaller)]),
+        shell=True, cwd=tmp_path, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on" in (tmp_path / "runs" / "two" / "report.md").read_text()
 
 
 def test_a_sharded_run_is_continued_by_one_process(train: Train, alone: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import CLASS_NAMES, ScriptRunner
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import generator.progress
@@ -29,6 +30,7 @@ from generator.objective import NextTokenNats
 from generator.pipeline import ChannelTokPipeline
 from generator.progress import draw_sheet
 from generator.sampling import SamplingConfig
+from generator.tokens import TokenDataset, TokenStore, collate_tokens
 from generator.training import GeneratorTrainingConfig, train_generator
 from tokenizer import ChannelTokenizer
 
@@ -308,6 +310,27 @@ def test_processes_share_what_one_would_see(world_size: int, first_step: int) ->
         shares = [rank[step] for rank in ranks]
         assert {len(share) for share in shares} == {4 // world_size}
         assert sorted(entry for share in shares for entry in share) == sorted(expected)
+
+
+def test_going_on_within_an_epoch_neither_shuffles_anew_nor_shows_anything_twice(token_store: Path) -> None:
+    """What accelerate's loaders got wrong (its issues 2016 and 3242): through a real loader, for several epochs."""
+    dataset = TokenDataset(TokenStore.open(token_store), "train", 7)
+    config = LoopConfig(output_dir="unused", steps=20, batch_size=12, seed=4)  # 64 sequences: epochs end within steps
+
+    def seen(first_step: int, workers: int) -> list[list[int]]:
+        sampler = StepSampler(len(dataset), StepPlan(config, 0, 1), first_step)
+        torch.manual_seed(first_step)  # the state of a resumed process is another one
+        loader: Any = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_tokens)
+        return [batch.tokens[:, 0].tolist() for batch in loader]  # the first token tells sequences apart
+
+    whole = seen(0, 0)
+    for first_step, workers in ((1, 0), (3, 1), (6, 0), (11, 1)):
+        assert seen(first_step, workers) == whole[first_step:]
+    flat = [token for batch in whole for token in batch]
+    epochs = [flat[i : i + 64] for i in range(0, len(flat) - 63, 64)]
+    assert len(epochs) == 3
+    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_a_batch_larger_than_the_set_goes_round(token_store: Path) -> None:
