@@ -148,14 +148,16 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         config = self.plan.config
-        current, order = -1, torch.empty(0, dtype=torch.long)
+        shares = [np.asarray(rows, dtype=np.int64) for rows in self.plan.shares]
+        current, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, config.steps):
-            for rows in self.plan.shares:
-                batch: list[tuple[int, int]] = []
-                for row in rows:
-                    epoch, offset = divmod(step * config.batch_size + row, self.length)
+            for rows in shares:
+                epochs, offsets = np.divmod(step * config.batch_size + rows, self.length)
+                indices = np.empty_like(offsets)
+                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
                     if epoch != current:
                         current = epoch
-                        order = torch.randperm(self.length, generator=generator_for(config.seed, 1, epoch))
-                    batch.append((int(order[offset]), epoch))
-                yield batch
+                        order = torch.randperm(self.length, generator=generator_for(config.seed, 1, epoch)).numpy()
+                    there = epochs == epoch
+                    indices[there] = order[offsets[there]]
+                yield list(zip(indices.tolist(), epochs.tolist(), strict=True))

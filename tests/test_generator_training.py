@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import generator.progress
 from common.errors import InputError
-from common.steps import LoopConfig, StepPlan, StepSampler
+from common.steps import LoopConfig, StepPlan, StepSampler, generator_for
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
@@ -260,6 +260,17 @@ def order(
     parts = len(plan.parts(0))
     assert len(sampler) == len(batches) == (9 - first_step) * parts
     return [[entry for part in batches[i : i + parts] for entry in part] for i in range(0, len(batches), parts)]
+
+
+@pytest.mark.parametrize(("length", "micro"), [(10, None), (10, 2), (7, 1), (3, None), (1, 2)])
+def test_the_order_is_that_of_a_plain_loop(length: int, micro: int | None) -> None:
+    stream: list[tuple[int, int]] = []
+    for epoch in range(36):
+        permuted = torch.randperm(length, generator=generator_for(4, 1, epoch)).tolist()
+        stream += [(index, epoch) for index in permuted]
+    found = order(1, 2, first_step=2, length=length, micro=micro)
+    assert found == [stream[4 * step + 1 : 4 * step + 4 : 2] for step in range(2, 9)]
+    assert {type(number) for step in found for entry in step for number in entry} == {int}
 
 
 def test_micro_batches_are_the_steps_cut_up() -> None:
