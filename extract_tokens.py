@@ -78,7 +78,7 @@ def main() -> None:
             tokenizer,
             sources[split],
             files,
-            flip=config.views == "flip",
+            flip=config.views == "flip" and split == "train",
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             unreadable=unreadable,

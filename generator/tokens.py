@@ -4,31 +4,31 @@
     tokenizer/              the tokenizer that made it
     train-00000.tokens.npy  (rows, views, C) uint16
     train-00000.labels.npy  (rows,) int64
-    train-00000.json        rows, checksums, files left out; it comes last, so a shard that has it is whole
+    train-00000.json        rows, checksums, tokenizer, files left out; it comes last, so a shard that has it is whole
 
 A shard covers a fixed range of the split's files, so any shard can be written, or written again, alone.
 """
 
-import hashlib
 import json
+import mmap
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from common.checkpoint import read_json, write_text, written_whole
 from common.errors import InputError
+from generator.shards import ShardArray, ShardRecord, array_problem, checksum_of
 
-VERSION = 1
-VIEWS = ("none", "flip")
+VERSION = 2
+VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # how many token sequences each image of train has
 SPLITS = ("train", "val")
+MAX_BITS = 16  # tokens are stored as uint16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,12 @@ class StoreHeader:
             raise InputError(f"views is {self.views!r}; allowed: {', '.join(VIEWS)}")
         if self.shard_size < 1:
             raise InputError(f"shard_size is {self.shard_size}; it must be at least 1")
+        if not 1 <= self.num_bits <= MAX_BITS:
+            raise InputError(f"num_bits is {self.num_bits}; a token store holds tokens of 1 to {MAX_BITS} bits")
 
-    @property
-    def num_views(self) -> int:
-        """Token sequences stored for each image."""
-        return {"none": 1, "flip": 2}[self.views]
+    def num_views(self, split: str) -> int:
+        """Token sequences stored for each image; val holds the image as it is, and nothing else."""
+        return VIEWS[self.views] if split == "train" else 1
 
     @property
     def num_classes(self) -> int:
@@ -76,10 +77,14 @@ class StoreHeader:
         """How many shards the split has when it is complete."""
         return -(-self.split_files[split] // self.shard_size)
 
+    def shards(self) -> list[tuple[str, int]]:
+        """All shards of a complete store, (split, number), in the order in which they are made."""
+        return [(split, shard) for split in SPLITS for shard in range(self.num_shards(split))]
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def shard_files(self, split: str, shard: int) -> range:
+        """The files that a shard covers, by their place in the split."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.split_files[split]))
 
 
 class TokenStore:
@@ -88,6 +93,7 @@ class TokenStore:
     def __init__(self, folder: str | Path, header: StoreHeader):
         self.folder = Path(folder)
         self.header = header
+        self._records: dict[tuple[str, int], ShardRecord] = {}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -95,8 +101,13 @@ class TokenStore:
         return self.folder / "tokenizer"
 
     @classmethod
-    def create(cls, folder: str | Path, header: StoreHeader) -> Self:
+    def create(cls, folder: str | Path, header: StoreHeader, write: bool = True) -> Self:
         """Start a store, or continue one that was begun with the same settings.
+
+        Args:
+            folder: the store's.
+            header: the settings.
+            write: whether this process may write; of several that work together only one does.
 
         Raises:
             InputError: the folder holds a store of another tokenizer, or of other images or settings.
@@ -111,7 +122,10 @@ class TokenStore:
                         f"{folder} holds tokens made with {name} = {str(there[name])[:60]}, asked for is "
                         f"{str(wanted[name])[:60]}; choose another output_dir or remove that one"
                     )
-        else:
+        if write:
+            for abandoned in folder.glob(".*.partial"):  # by processes that were killed while they wrote
+                shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink()
+        if write and not path.exists():
             write_text(path, json.dumps(asdict(header), indent=1))
         return cls(folder, header)
 
@@ -131,29 +145,77 @@ class TokenStore:
         """Open a complete store.
 
         Raises:
-            InputError: no store, or one that is not complete.
+            InputError: no store, one that is not complete, or a shard of another tokenizer or of other files.
         """
         store = cls(folder, cls.peek(folder))
         for split in SPLITS:
-            missing = [i for i in range(store.header.num_shards(split)) if not store.has_shard(split, i)]
-            if missing:
+            if missing := store.missing(split):
                 raise InputError(
                     f"{folder} is not complete: {len(missing)} of {store.header.num_shards(split)} {split} shards "
                     "are missing; run extract_tokens.py again, it goes on where it stopped"
                 )
+        for split, shard in store.header.shards():
+            store.record(split, shard)
         return store
 
     def _path(self, split: str, shard: int, ending: str) -> Path:
         return self.folder / f"{split}-{shard:05d}.{ending}"
 
-    def left_out(self) -> list[str]:
-        """A line for each image file that could not be read, over all shards."""
-        shards = [(split, i) for split in SPLITS for i in range(self.header.num_shards(split))]
-        return [line for split, i in shards for line in read_json(self._path(split, i, "json"))["left_out"]]
+    def missing(self, split: str) -> list[int]:
+        """The shards of a split that are not there."""
+        return [shard for shard in range(self.header.num_shards(split)) if not self.has_shard(split, shard)]
 
     def has_shard(self, split: str, shard: int) -> bool:
         """Whether a shard is there, whole."""
         return self._path(split, shard, "json").is_file()
+
+    def left_out(self) -> list[str]:
+        """A line for each image file that could not be read, over all shards."""
+        return [line for split, shard in self.header.shards() for line in self.record(split, shard).left_out]
+
+    def record(self, split: str, shard: int) -> ShardRecord:
+        """What a shard's JSON file says; read once.
+
+        Raises:
+            InputError: it is missing or damaged, is of another tokenizer, or does not account for the shard's files.
+        """
+        if (split, shard) not in self._records:
+            self._records[split, shard] = self._read_record(split, shard)
+        return self._records[split, shard]
+
+    def _read_record(self, split: str, shard: int) -> ShardRecord:
+        path = self._path(split, shard, "json")
+        try:
+            record = ShardRecord(**read_json(path))
+            files, found = len(self.header.shard_files(split, shard)), record.rows + len(record.left_out)
+        except TypeError as error:
+            raise InputError(f"{path} is not a shard's ({error}); {self._remedy(split, shard)}") from error
+        if record.tokenizer_fingerprint != self.header.tokenizer_fingerprint:
+            raise InputError(
+                f"{path} is of the tokenizer {record.tokenizer_fingerprint}, the store is of "
+                f"{self.header.tokenizer_fingerprint}; {self._remedy(split, shard)}"
+            )
+        if found != files or type(record.rows) is not int or record.rows < 0:
+            raise InputError(
+                f"{path} tells of {record.rows} rows and {len(record.left_out)} files left out, but the shard covers "
+                f"{files} files; {self._remedy(split, shard)}"
+            )
+        return record
+
+    def _remedy(self, split: str, shard: int) -> str:
+        name = self._path(split, shard, "json").name
+        return f"remove {name} and run extract_tokens.py again to write this shard anew"
+
+    def _arrays(self, split: str, rows: int) -> tuple[ShardArray, ShardArray]:
+        header = self.header
+        shape = (rows, header.num_views(split), header.num_channels)
+        tokens = ShardArray(
+            name="tokens", shape=shape, dtype=np.uint16, limit=header.codebook_size, values="tokens beyond the codebook"
+        )
+        labels = ShardArray(
+            name="labels", shape=(rows,), dtype=np.int64, limit=header.num_classes, values="labels outside the classes"
+        )
+        return tokens, labels
 
     def write_shard(self, split: str, shard: int, tokens: Tensor, labels: Tensor, left_out: Sequence[str]) -> None:
         """Write one shard.
@@ -164,103 +226,61 @@ class TokenStore:
             tokens: (rows, views, C) integers in [0, codebook_size).
             labels: (rows,) integers in [0, num_classes).
             left_out: a line for each file of the shard's range that could not be read.
+
+        Raises:
+            InputError: shapes or values other than these.
         """
-        header = self.header
-        if tokens.shape != (len(labels), header.num_views, header.num_channels):
-            raise InputError(f"tokens of a shard are {tuple(tokens.shape)}; (rows, views, C) was expected")
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "tokens": tokens.cpu().numpy().astype(np.uint16), "labels": labels.cpu().numpy().astype(np.int64)
-        }  # fmt: skip
-        record: dict[str, Any] = {"rows": len(labels), "left_out": list(left_out)}
-        for name, array in arrays.items():
-            path = self._path(split, shard, f"{name}.npy")
+        record: dict[str, Any] = {
+            "rows": len(labels),
+            "left_out": list(left_out),
+            "tokenizer_fingerprint": self.header.tokenizer_fingerprint,
+        }
+        arrays = list(zip(self._arrays(split, len(labels)), (tokens, labels), strict=True))
+        for expected, array in arrays:
+            if array.shape != expected.shape:
+                raise InputError(f"{expected.name} of a shard are {tuple(array.shape)}; {expected.shape} was expected")
+            if array.numel() and not 0 <= int(array.min()) <= int(array.max()) < expected.limit:
+                raise InputError(f"{split} shard {shard} was to hold {expected.values}, 0 to {expected.limit - 1}")
+        for expected, array in arrays:
+            path = self._path(split, shard, f"{expected.name}.npy")
             with written_whole(path) as temporary, temporary.open("wb") as file:
-                np.save(file, array)
-            record[name] = _checksum(path)
+                np.save(file, array.cpu().numpy().astype(expected.dtype, order="C"))
+            record[expected.name] = checksum_of(path)
+        self._records.pop((split, shard), None)
         write_text(self._path(split, shard, "json"), json.dumps(record, indent=1))
 
+    def problems(self, split: str, shard: int) -> list[str]:
+        """A line for each thing that is wrong with a shard; reads all of it, and keeps none of it in memory."""
+        try:
+            record = self.record(split, shard)
+        except InputError as error:
+            return [str(error)]
+        found = []
+        for expected in self._arrays(split, record.rows):
+            path = self._path(split, shard, f"{expected.name}.npy")
+            checksum = record.tokens if expected.name == "tokens" else record.labels
+            if problem := array_problem(path, checksum, expected):
+                found.append(f"{path} {problem}; {self._remedy(split, shard)}")
+        return found
+
+    def read_labels(self, split: str, shard: int) -> npt.NDArray[np.int64]:
+        """Labels (rows,) of a shard, not checked."""
+        labels: npt.NDArray[np.int64] = np.load(self._path(split, shard, "labels.npy"), allow_pickle=False)
+        return labels
+
+    def map_tokens(self, split: str, shard: int) -> tuple[mmap.mmap, npt.NDArray[np.uint16]]:
+        """The memory map of a shard's tokens, and they (rows, views, C) in it, not checked."""
+        expected, _ = self._arrays(split, self.record(split, shard).rows)
+        with self._path(split, shard, "tokens.npy").open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mapping, np.ndarray(expected.shape, np.uint16, mapping, len(mapping) - expected.nbytes)
+
     def read_shard(self, split: str, shard: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-        """Tokens (rows, views, C), memory-mapped, and labels (rows,) of a shard, checked against its checksums.
+        """Tokens (rows, views, C), memory-mapped, and labels (rows,) of a shard, checked as `problems` does.
 
         Raises:
             InputError: a file is missing, or has changed since it was written, or holds impossible values.
         """
-        record = read_json(self._path(split, shard, "json"))
-        for name in ("tokens", "labels"):
-            path = self._path(split, shard, f"{name}.npy")
-            if not path.is_file() or _checksum(path) != record[name]:
-                raise InputError(
-                    f"{path} is missing or damaged; remove {self._path(split, shard, 'json').name} and run "
-                    "extract_tokens.py again to write this shard anew"
-                )
-        tokens = np.load(self._path(split, shard, "tokens.npy"), mmap_mode="r", allow_pickle=False)
-        labels = np.load(self._path(split, shard, "labels.npy"), allow_pickle=False)
-        if tokens.size and int(tokens.max()) >= self.header.codebook_size:
-            raise InputError(f"{self.folder}: {split} shard {shard} holds tokens beyond the codebook; extract it again")
-        if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < self.header.num_classes:
-            raise InputError(f"{self.folder}: {split} shard {shard} holds labels outside the classes; extract it again")
-        return tokens, labels
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
-    """tokens (b C) int64 and labels (b,) int64."""
-
-    tokens: Tensor
-    labels: Tensor
-
-    def pin_memory(self) -> "TokenBatch":
-        """The same in memory that a GPU can fetch from; torch's loader asks for it."""
-        return TokenBatch(tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
-
-
-class TokenDataset(Dataset[tuple[Tensor, int]]):
-    """One split of a store, by (index, epoch); the view shown is a function of seed, index and epoch.
-
-    With `seed` None it is always the first view, the image as it is.
-    """
-
-    def __init__(self, store: TokenStore, split: str, seed: int | None):
-        self.store, self.split, self.seed = store, split, seed
-        shards = range(store.header.num_shards(split))
-        rows = [read_json(store.folder / f"{split}-{shard:05d}.json")["rows"] for shard in shards]
-        self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        if not len(self):
-            raise InputError(f"{store.folder} has no {split} tokens; extract tokens of more images")
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @cached_property
-    def _shards(self) -> dict[int, tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]]:
-        return {}
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, epoch = key
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        if shard not in self._shards:
-            self._shards[shard] = self.store.read_shard(self.split, shard)
-        tokens, labels = self._shards[shard]
-        row = index - int(self._starts[shard])
-        view = 0
-        if self.seed is not None and self.store.header.num_views > 1:
-            state = np.random.SeedSequence((self.seed, index, epoch)).generate_state(1)
-            view = int(state[0]) % self.store.header.num_views
-        return torch.from_numpy(tokens[row, view].astype(np.int64)), int(labels[row])
-
-    def counts(self) -> Tensor:
-        """How often each token stands at each position, over all views: (C, codebook_size) int64."""
-        header = self.store.header
-        found = np.zeros((header.num_channels, header.codebook_size), dtype=np.int64)
-        for shard in range(header.num_shards(self.split)):
-            tokens, _ = self.store.read_shard(self.split, shard)
-            for position in range(header.num_channels):
-                found[position] += np.bincount(tokens[:, :, position].ravel(), minlength=header.codebook_size)
-        return torch.from_numpy(found)
-
-
-def collate_tokens(samples: Sequence[tuple[Tensor, int]]) -> TokenBatch:
-    """Stack entries of a `TokenDataset`."""
-    return TokenBatch(
-        tokens=torch.stack([tokens for tokens, _ in samples]), labels=torch.tensor([label for _, label in samples])
-    )
+        if found := self.problems(split, shard):
+            raise InputError(found[0])
+        return self.map_tokens(split, shard)[1], self.read_labels(split, shard)

@@ -25,7 +25,8 @@ from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
 from generator.objective import WEIGHTINGS, NextTokenNats, Weighting, flops_per_token, position_weights
 from generator.progress import Baselines, Progress, draw_sheet, write_report
-from generator.tokens import TokenBatch, TokenDataset, TokenStore, collate_tokens
+from generator.token_data import TokenBatch, TokenDataset, whole_batch
+from generator.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +130,13 @@ def train_generator(
         batch_sampler=loop.sampler(len(train_set)),
         num_workers=training.num_workers,
         worker_init_fn=leave_signals_to_the_trainer,
-        collate_fn=collate_tokens,
+        collate_fn=whole_batch,
         pin_memory=accelerator.device.type == "cuda",
     )
     count = min(training.validation_images, len(val_set))
     chosen = [(i * len(val_set) // count, 0) for i in range(count)]
     held_batches: Any = DataLoader(
-        val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=collate_tokens
+        val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=whole_batch
     )
     weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
     dtype = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"

@@ -30,7 +30,8 @@ from generator.objective import NextTokenNats
 from generator.pipeline import ChannelTokPipeline
 from generator.progress import draw_sheet
 from generator.sampling import SamplingConfig
-from generator.tokens import TokenDataset, TokenStore, collate_tokens
+from generator.token_data import TokenDataset, whole_batch
+from generator.tokens import TokenStore
 from generator.training import GeneratorTrainingConfig, train_generator
 from tokenizer import ChannelTokenizer
 
@@ -331,7 +332,7 @@ def test_going_on_within_an_epoch_neither_shuffles_anew_nor_shows_anything_twice
     def seen(first_step: int, workers: int) -> list[list[int]]:
         sampler = StepSampler(len(dataset), StepPlan(config, 0, 1), first_step)
         torch.manual_seed(first_step)  # the state of a resumed process is another one
-        loader: Any = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_tokens)
+        loader: Any = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=whole_batch)
         return [batch.tokens[:, 0].tolist() for batch in loader]  # the first token tells sequences apart
 
     whole = seen(0, 0)

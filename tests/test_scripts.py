@@ -19,7 +19,8 @@ from common.checkpoint import save_pretrained_whole
 from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
 from generator.sampling import SamplingConfig
-from generator.tokens import TokenDataset, TokenStore
+from generator.token_data import TokenDataset
+from generator.tokens import TokenStore
 from tokenizer import ChannelTokenizer
 
 C = 16
@@ -416,7 +417,7 @@ def test_extraction_leaves_out_what_is_broken_and_goes_on_where_it_stopped(
     assert rows == [4, 5, 2]
     assert "n02/0.jpg" in json.loads((tmp_path / "store/train-00000.json").read_text())["left_out"][0]
     dataset = TokenDataset(store, "train", None)
-    assert [dataset[i, 0][1] for i in range(11)] == [0] * 4 + [1] * 3 + [2] * 4
+    assert dataset.__getitems__([(i, 0) for i in range(11)]).labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
     # the views of the first image, by the tokenizer itself
     from_image = _tokens_of(images / "train" / "n01" / "0.jpg", tiny_tokenizer)
     assert store.read_shard("train", 0)[0][0].tolist() == from_image
