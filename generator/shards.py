@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-CHUNK = 1 << 20  # bytes of a file that are looked at together
+CHUNK = 1 << 18  # bytes of a file that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 """Reading a token store for training: whole batches, in any order, in bounded memory."""
 
-import mmap
-import sys
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,8 @@ from torch.utils.data import Dataset
 from common.errors import InputError
 from generator.tokens import TokenStore
 
-# A page that has been read counts as this process's memory, and the kernel maps its 15 neighbours along with it:
-# after this many rows, 64 MB at most, all are let go. They stay in the page cache.
-ROWS_MAPPED = 1024
-SHARDS_MAPPED = 192  # each holds a file open, of which some systems grant 256
+CHECKED_TOGETHER = 4  # shards, each by a thread
+SHARDS_OPEN = 192  # some systems grant a process 256 open files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class TokenDataset(Dataset[TokenBatch]):
     the first of its rows is used, once in each process; one that a process has checked is known to the
     workers that start after that. With `seed` None it is always the first view.
 
+    Rows are read, not mapped: a page of a map counts as the process's memory, and Linux maps up to 2 MB of
+    its neighbours along with it, so that a batch of 256 rows of half a kilobyte each took 200 MB.
+
     Raises:
         InputError: the split is empty; later, a shard that has changed since it was written.
     """
@@ -50,8 +53,8 @@ class TokenDataset(Dataset[TokenBatch]):
         rows = [store.record(split, shard).rows for shard in range(store.header.num_shards(split))]
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self._labels: dict[int, npt.NDArray[np.int64]] = {}  # of the shards that have been checked
-        self._mapped: dict[int, tuple[mmap.mmap, npt.NDArray[np.uint16]]] = {}
-        self._rows_mapped = 0
+        self._files: dict[int, tuple[FileIO, int]] = {}
+        self._process = os.getpid()
         self._views: dict[int, npt.NDArray[np.uint8]] = {}
         if not len(self):
             raise InputError(f"{store.folder} has no {split} tokens; extract tokens of more images")
@@ -60,25 +63,37 @@ class TokenDataset(Dataset[TokenBatch]):
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mapped": {}}  # a map cannot be sent to another process, which makes its own
+        return self.__dict__ | {"_files": {}}  # an open file cannot be sent to another process
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> TokenBatch:
         """The rows of these (index, epoch), in their order."""
         indices, epochs = np.asarray(keys, dtype=np.int64).T
-        views = self._views_of(indices, epochs)
-        tokens = np.empty((len(keys), self.store.header.num_channels), dtype=np.int64)
-        labels = np.empty(len(keys), dtype=np.int64)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        for there in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            shard = int(shards[there[0]])
-            rows = indices[there] - self._starts[shard]
-            labels[there] = self._checked_labels(shard)[rows]
-            tokens[there] = self._tokens(shard)[rows, views[there]]
-        self._rows_mapped += len(keys)
-        if self._rows_mapped >= ROWS_MAPPED:
-            self._let_go()
-        return TokenBatch(tokens=torch.from_numpy(tokens), labels=torch.from_numpy(labels))
+        rows = indices - self._starts[shards]
+        labels = np.empty(len(keys), dtype=np.int64)
+        touched = np.unique(shards).tolist()
+        self._check(touched)
+        for shard in touched:
+            there = shards == shard
+            labels[there] = self._labels[shard][rows[there]]
+        header = self.store.header
+        places = rows * header.num_views(self.split) + self._views_of(indices, epochs)
+        tokens = np.empty((len(keys), header.num_channels), dtype=np.uint16)
+        for row, shard, place in zip(tokens, shards.tolist(), places.tolist(), strict=True):
+            file, start = self._file(shard)
+            file.seek(start + place * row.nbytes)
+            if file.readinto(row.data) != row.nbytes:
+                raise InputError(f"{file.name!s} was cut short while it was read; copy or extract the store again")
+        return TokenBatch(tokens=torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(labels))
+
+    def _file(self, shard: int) -> tuple[FileIO, int]:
+        if self._process != os.getpid():  # a worker that was forked: it would share the place where a file is read
+            self._files, self._process = {}, os.getpid()
+        if shard not in self._files:
+            if len(self._files) >= SHARDS_OPEN:
+                self._files.clear()  # which closes them
+            self._files[shard] = self.store.open_tokens(self.split, shard)
+        return self._files[shard]
 
     def _views_of(self, indices: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         views = np.zeros_like(indices)
@@ -95,38 +110,24 @@ class TokenDataset(Dataset[TokenBatch]):
             views[there] = self._views[epoch][indices[there]]
         return views
 
-    def _checked_labels(self, shard: int) -> npt.NDArray[np.int64]:
-        if shard not in self._labels:
-            if found := self.store.problems(self.split, shard):
-                raise InputError(found[0])
-            self._labels[shard] = self.store.read_labels(self.split, shard)
-        return self._labels[shard]
-
-    def _tokens(self, shard: int) -> npt.NDArray[np.uint16]:
-        if shard not in self._mapped:
-            if len(self._mapped) >= SHARDS_MAPPED:
-                self._mapped.clear()
-            mapping, tokens = self.store.map_tokens(self.split, shard)
-            if sys.platform != "win32":
-                mapping.madvise(mmap.MADV_RANDOM)
-            self._mapped[shard] = mapping, tokens
-        return self._mapped[shard][1]
-
-    def _let_go(self) -> None:
-        self._rows_mapped = 0
-        if sys.platform == "win32":  # there is no advice to give
-            self._mapped.clear()
+    def _check(self, shards: Sequence[int]) -> None:
+        """Check those that have not been, and keep their labels; a first batch may touch all there are."""
+        new = [shard for shard in shards if shard not in self._labels]
+        if not new:
             return
-        for mapping, _ in self._mapped.values():
-            mapping.madvise(mmap.MADV_DONTNEED)
+        with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
+            for shard, found in zip(new, pool.map(partial(self.store.problems, self.split), new), strict=True):
+                if found:
+                    raise InputError(found[0])
+                self._labels[shard] = self.store.read_labels(self.split, shard)
 
     def counts(self) -> Tensor:
         """How often each token stands at each position, over all views: (C, codebook_size) int64."""
         header = self.store.header
         found = np.zeros((header.num_channels, header.codebook_size), dtype=np.int64)
         for shard in range(header.num_shards(self.split)):
-            self._checked_labels(shard)
-            _, tokens = self.store.map_tokens(self.split, shard)
+            self._check([shard])
+            tokens = self.store.read_tokens(self.split, shard)
             for position, column in enumerate(np.ascontiguousarray(rearrange(tokens, "r v c -> c (r v)"))):
                 found[position] += np.bincount(column, minlength=header.codebook_size)
         return torch.from_numpy(found)

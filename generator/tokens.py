@@ -10,10 +10,10 @@ A shard covers a fixed range of the split's files, so any shard can be written, 
 """
 
 import json
-import mmap
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -263,24 +263,28 @@ class TokenStore:
                 found.append(f"{path} {problem}; {self._remedy(split, shard)}")
         return found
 
+    def read_tokens(self, split: str, shard: int) -> npt.NDArray[np.uint16]:
+        """Tokens (rows, views, C) of a shard, not checked."""
+        tokens: npt.NDArray[np.uint16] = np.load(self._path(split, shard, "tokens.npy"), allow_pickle=False)
+        return tokens
+
     def read_labels(self, split: str, shard: int) -> npt.NDArray[np.int64]:
         """Labels (rows,) of a shard, not checked."""
         labels: npt.NDArray[np.int64] = np.load(self._path(split, shard, "labels.npy"), allow_pickle=False)
         return labels
 
-    def map_tokens(self, split: str, shard: int) -> tuple[mmap.mmap, npt.NDArray[np.uint16]]:
-        """The memory map of a shard's tokens, and they (rows, views, C) in it, not checked."""
+    def open_tokens(self, split: str, shard: int) -> tuple[FileIO, int]:
+        """The file of a shard's tokens, unbuffered, and the place in it where they begin; not checked."""
         expected, _ = self._arrays(split, self.record(split, shard).rows)
-        with self._path(split, shard, "tokens.npy").open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return mapping, np.ndarray(expected.shape, np.uint16, mapping, len(mapping) - expected.nbytes)
+        path = self._path(split, shard, "tokens.npy")
+        return FileIO(path), path.stat().st_size - expected.nbytes
 
     def read_shard(self, split: str, shard: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-        """Tokens (rows, views, C), memory-mapped, and labels (rows,) of a shard, checked as `problems` does.
+        """Tokens (rows, views, C) and labels (rows,) of a shard, checked as `problems` does.
 
         Raises:
             InputError: a file is missing, or has changed since it was written, or holds impossible values.
         """
         if found := self.problems(split, shard):
             raise InputError(found[0])
-        return self.map_tokens(split, shard)[1], self.read_labels(split, shard)
+        return self.read_tokens(split, shard), self.read_labels(split, shard)

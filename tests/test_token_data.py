@@ -46,9 +46,8 @@ def test_a_loader_gives_whole_batches(store: TokenStore, workers: int) -> None:
             assert found.tolist() in tokens[row].tolist()
 
 
-def test_maps_and_files_that_are_open_are_bounded(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_data, "SHARDS_MAPPED", 2)
-    monkeypatch.setattr(token_data, "ROWS_MAPPED", 5)
+def test_files_that_are_open_are_bounded(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_data, "SHARDS_OPEN", 2)
     dataset, tokens = TokenDataset(store, "train", None), everything()[0]
     handles = len(list(Path("/proc/self/fd").iterdir()))
     for row in (0, 6, 10, 1, 9, 5) * 3:
