@@ -13,7 +13,7 @@ from common.errors import InputError
 from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer
 from tokenizer.data import UnreadableFiles
-from tokenizer.extraction import tokenize_files
+from tokenizer.extraction import VIEWS, tokenize_files
 from tokenizer.sources import SPLITS, DataConfig, open_source
 
 logger = logging.getLogger("tokenizer.extract_tokens")
@@ -31,7 +31,11 @@ class ExtractionConfig:
             "help": "JSON file that gives classes a readable name; default: names of the folders or of --dataset"
         },
     )
-    views: Literal["none", "flip"] = field(default="none", metadata={"help": "flip: store the mirror image as well"})
+    views: Literal["none", "flip", "ten-crop"] = field(
+        default="none",
+        metadata={"help": "of train; flip: the mirror image as well; ten-crop: corners and middle of a larger image, "
+                  "and their mirror images"},
+    )  # fmt: skip
     shard_size: int = field(default=10_000, metadata={"help": "images a shard"})
     batch_size: int = field(default=64, metadata={"help": "images a pass"})
     num_workers: int = field(default=1, metadata={"help": "processes that read images"})
@@ -70,15 +74,14 @@ def main() -> None:
             save_pretrained_whole(tokenizer, temporary)
     runtime.move(tokenizer, device)
     unreadable = UnreadableFiles(config.strict)
-    missing = [(s, i) for s in SPLITS for i in range(header.num_shards(s)) if not store.has_shard(s, i)]
-    for split, shard in tqdm(missing, unit="shard"):
-        start = shard * config.shard_size
-        files = range(start, min(start + config.shard_size, header.split_files[split]))
+    for split, shard in tqdm(header.shards(), unit="shard"):
+        if store.has_shard(split, shard):
+            continue
         tokens, labels, left_out = tokenize_files(
             tokenizer,
             sources[split],
-            files,
-            flip=config.views == "flip" and split == "train",
+            header.shard_files(split, shard),
+            views=VIEWS[config.views if split == "train" else "none"],
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             unreadable=unreadable,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ from generator.shards import ShardArray, ShardRecord, array_problem, checksum_of
 
 VERSION = 2
 VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # how many token sequences each image of train has
-SPLITS = ("train", "val")
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 MAX_BITS = 16  # tokens are stored as uint16
 
 
@@ -77,7 +78,7 @@ class StoreHeader:
         """How many shards the split has when it is complete."""
         return -(-self.split_files[split] // self.shard_size)
 
-    def shards(self) -> list[tuple[str, int]]:
+    def shards(self) -> list[tuple[Split, int]]:
         """All shards of a complete store, (split, number), in the order in which they are made."""
         return [(split, shard) for split in SPLITS for shard in range(self.num_shards(split))]
 
