@@ -1,22 +1,31 @@
-"""Turn images into a token store with a trained tokenizer: see `--help` and docs/training.md."""
+"""Turn images into a token store with a trained tokenizer, or check one with --verify alone: see docs/training.md."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import cli, runtime
 from common.checkpoint import fingerprint, folder_written_whole, read_json, save_pretrained_whole
 from common.errors import InputError
 from generator.tokens import StoreHeader, TokenStore
+from generator.verification import describe, verify
 from tokenizer import ChannelTokenizer
 from tokenizer.data import UnreadableFiles
 from tokenizer.extraction import VIEWS, tokenize_files
 from tokenizer.sources import SPLITS, DataConfig, open_source
 
 logger = logging.getLogger("tokenizer.extract_tokens")
+PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +51,81 @@ class ExtractionConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of leaving it out"})
 
+    verify: str | None = field(
+        default=None, metadata={"help": "alone on the command line: a token store to check, in place of making one"}
+    )
+
     def __post_init__(self) -> None:
+        if self.verify is not None:
+            raise InputError("verify stands alone on the command line: extract_tokens.py --verify STORE")
         if self.batch_size < 1 or self.shard_size < 1 or self.num_workers < 0:
             raise InputError("batch_size and shard_size must be at least 1, num_workers at least 0")
+
+
+@contextmanager
+def processes(name: str) -> Iterator[tuple[PartialState, torch.device]]:
+    """The processes that a launcher started, this one at least, and the device that this one takes."""
+    device = runtime.pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else name)
+    # accelerate knows the processes of CUDA devices; those of any other device meet as those of the CPU do
+    state = PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
+    if state.num_processes > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise InputError(f"device is {name!r}, one GPU for {state.num_processes} processes; leave --device away")
+        device = state.device
+    yield state, device
+    state.destroy_process_group()
+
+
+def wait(state: PartialState) -> None:
+    """Wait until every process has come here."""
+    try:
+        state.wait_for_everyone()
+    except RuntimeError as error:
+        raise InputError("another process has ended before its time; its own message tells why") from error
+
+
+def check(folder: str) -> None:
+    """Tell what a store holds and what is wrong with it."""
+    store = TokenStore(folder, TokenStore.peek(folder))
+    header = store.header
+    with logging_redirect_tqdm():
+        found = verify(store)
+    problems = list(found.problems)
+    try:
+        tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
+    except InputError as error:
+        problems.append(str(error))
+    else:
+        made = (fingerprint(tokenizer), tokenizer.config.num_channels, tokenizer.config.num_bits)
+        wanted = (header.tokenizer_fingerprint, header.num_channels, header.num_bits)
+        if made != wanted:
+            problems.append(
+                f"{store.tokenizer_folder} is the tokenizer {made[0]} ({made[1]} tokens of {made[2]} bits), the store "
+                f"is of {wanted[0]} ({wanted[1]} tokens of {wanted[2]} bits); put back the one that made it"
+            )
+    for line in describe(header, found):
+        logger.info("%s", line)
+    for problem in problems:
+        logger.warning("%s", problem)
+    if problems:
+        raise InputError(f"{folder}: problems found: {len(problems)}, each told above; extract again what they name")
+    logger.info("%s: no problem found", folder)
 
 
 def main() -> None:
     """Parse, then write each shard that is missing."""
     runtime.set_up_logging()
+    folder = cli.parse_alone("verify")
+    if folder is not None:
+        check(folder)
+        return
     config, data = cli.parse(ExtractionConfig, DataConfig, description=__doc__)
-    device = runtime.pick_device(config.device)
+    with processes(config.device) as (state, device):
+        extract(config, data, state, device)
+
+
+def extract(config: ExtractionConfig, data: DataConfig, state: PartialState, device: torch.device) -> None:
+    """Write the shards that are missing, of those that fall to this process."""
     sources = {split: open_source(data, split) for split in SPLITS}
     train, val = sources["train"], sources["val"]
     if train.classes != val.classes:
@@ -68,13 +142,16 @@ def main() -> None:
         split_files={split: len(source) for split, source in sources.items()},
         listings={split: source.fingerprint() for split, source in sources.items()},
     )
-    store = TokenStore.create(config.output_dir, header)
-    if not store.tokenizer_folder.exists():
+    store = TokenStore.create(config.output_dir, header, write=state.is_main_process)
+    if state.is_main_process and not store.tokenizer_folder.exists():
         with folder_written_whole(store.tokenizer_folder) as temporary:
             save_pretrained_whole(tokenizer, temporary)
+    wait(state)
     runtime.move(tokenizer, device)
     unreadable = UnreadableFiles(config.strict)
-    for split, shard in tqdm(header.shards(), unit="shard"):
+    # dealt out before looking which are there: what one process has written in the meantime moves nothing to another
+    own = header.shards()[state.process_index :: state.num_processes]
+    for split, shard in tqdm(own, unit="shard", disable=not state.is_main_process):
         if store.has_shard(split, shard):
             continue
         tokens, labels, left_out = tokenize_files(
@@ -87,7 +164,9 @@ def main() -> None:
             unreadable=unreadable,
         )
         store.write_shard(split, shard, tokens, labels, left_out)
-    logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(store.left_out()))
+    wait(state)
+    if state.is_main_process:
+        logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(store.left_out()))
 
 
 if __name__ == "__main__":

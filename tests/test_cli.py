@@ -308,3 +308,34 @@ def test_a_bug_keeps_its_traceback(run_script):
 def test_an_interrupt_ends_with_130_and_no_traceback(run_script):
     done = run_script("--do", "interrupt")
     assert (done.code, done.err) == (130, "")
+
+
+@pytest.mark.parametrize("argv", [["--check", "store"], ["--check=store"]])
+def test_a_flag_that_stands_alone(argv):
+    assert cli.parse_alone("check", argv) == "store"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--checks", "a"], ["--other", "check"], ["--check", "a", "--help"], ["-h", "--check"]]
+)
+def test_a_flag_that_is_not_given_stands_for_nothing(argv):
+    assert cli.parse_alone("check", argv) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--check"], "--check takes one value"),
+        (["--check="], "--check takes one value"),
+        (["--check", "a", "b"], "--check a b"),
+        (["a", "--check"], "a --check"),
+        (["--check", "a", "--views", "flip"], "leave --views away"),
+        (["--views", "flip", "--check=a"], "leave --views away"),
+        (["--check", "--views"], "leave --views away"),
+        (["--check", "a", "--check", "b"], "--check a --check b"),
+    ],
+)
+def test_a_flag_that_stands_alone_bears_no_company(argv, match):
+    with pytest.raises(InputError, match=match) as caught:
+        cli.parse_alone("check", argv)
+    assert "\n" not in str(caught.value)

@@ -1,17 +1,25 @@
 """extract_tokens.py: views, several processes, runs that are killed, and --verify."""
 
 import copy
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ScriptRunner
+from numpy.typing import NDArray
 from PIL import Image
+from tiny_store import header
 
-from common.checkpoint import save_pretrained_whole
+from common.checkpoint import fingerprint, save_pretrained_whole
+from common.errors import InputError
 from generator import tokens as store_side
+from generator.token_data import TokenDataset
 from generator.tokens import TokenStore
+from generator.verification import Verified, describe
 from tokenizer import ChannelTokenizer, extraction
 
 
@@ -85,3 +93,233 @@ def test_ten_crops_are_those_cut_by_hand(
     assert held.shape == (5, 1, 16)
     for row, path in zip(held, sorted((image_folder / "val").glob("*/*")), strict=False):
         assert row.tolist() == sharp_tokenizer.tokenize(square(path, 32)[None]).tolist()
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    """All files of a store but its tokenizer's, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    scripts: ScriptRunner, tokenizer_folder: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Made by one process: 6 shards of train, 3 of val, with an image of each that cannot be read."""
+    images = tmp_path_factory.mktemp("photos") / "images"
+    shutil.copytree(image_folder, images)
+    for name in ("train/n02/1.png", "val/n03/0.jpg"):
+        (images / name).write_bytes(b"no image")
+    store = images.parent / "store"
+    done = scripts("extract_tokens.py", *words(tokenizer_folder, images, store, *SMALL))
+    assert done.code == 0, done.err
+    assert len(list(store.glob("*.json"))) == 1 + 6 + 3
+    return store
+
+
+SMALL = ("--views", "flip", "--shard-size", 2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_make_the_store_of_one(
+    scripts: ScriptRunner, tokenizer_folder: Path, whole: Path, tmp_path: Path, processes: int
+) -> None:
+    given = words(tokenizer_folder, whole.parent / "images", tmp_path / "store", *SMALL)
+    done = scripts("extract_tokens.py", *given, processes=processes, before=TELLS)
+    assert done.code == 0, done.err
+    assert shards_of(tmp_path / "store") == shards_of(whole)
+    assert done.err.count("complete, 2 unreadable files left out") == 1
+    assert done.err.count("n02/1.png") == done.err.count("n03/0.jpg") == 1
+    made = [line.split() for line in done.out.splitlines()]
+    pairs = [["train", str(i)] for i in range(6)] + [["val", str(i)] for i in range(3)]
+    # each process every n-th of all, whatever the others do
+    assert made == [[str(rank), *pair] for rank in range(processes) for pair in pairs[rank::processes]]
+
+
+TELLS = """
+import os
+from generator.token_data import TokenDataset
+from generator.tokens import TokenStore
+from generator.verification import Verified, describe
+real = TokenStore.write_shard
+def write(self, split, shard, *rest):
+    print(os.environ.get("RANK"), split, shard, flush=True)
+    real(self, split, shard, *rest)
+TokenStore.write_shard = write
+"""
+LINGERS = """
+import time, generator.tokens
+text = generator.tokens.write_text
+def linger(path, content):
+    time.sleep(0.1)  # the arrays are there, the record that makes them count is not
+    text(path, content)
+generator.tokens.write_text = linger
+"""
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_killed_processes_leave_what_any_number_can_finish(
+    scripts: ScriptRunner, tokenizer_folder: Path, whole: Path, tmp_path: Path, then: int
+) -> None:
+    store = tmp_path / "store"
+    given = words(tokenizer_folder, whole.parent / "images", store, *SMALL)
+    running = scripts.start("extract_tokens.py", *given, processes=2, before=LINGERS)
+    while running.poll() is None and len(list(store.glob("*-*.json"))) < 3:
+        time.sleep(0.005)
+    running.kill(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    there = {name: (store / name).stat().st_mtime_ns for name in shards_of(store) if name.endswith(".json")}
+    assert 3 <= len(there) < 9
+    (store / ".train-00000.tokens.npy.1.partial").write_bytes(b"as a kill in the midst of writing leaves it")
+    done = scripts("extract_tokens.py", *given, processes=then)
+    assert done.code == 0, done.err
+    assert shards_of(store) == shards_of(whole)
+    assert all((store / name).stat().st_mtime_ns == stamp for name, stamp in there.items())
+
+
+def test_what_one_process_is_refused_all_are(
+    scripts: ScriptRunner, tokenizer_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    before = shards_of(whole)
+    given = words(tokenizer_folder, whole.parent / "images", whole, "--views", "none", "--shard-size", 2)
+    done = scripts("extract_tokens.py", *given, processes=2)
+    assert done.code == 2
+    assert done.err.count("made with views = flip") == done.err.count("\n") == 2
+    # an image that only one of them reads: the other waits for it, and says in one line that it need not
+    given = words(tokenizer_folder, whole.parent / "images", tmp_path / "store", "--strict", "true", "--shard-size", 50)
+    done = scripts("extract_tokens.py", *given, processes=3)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert done.err.count("unreadable image") == 2
+    assert done.err.count("another process has ended") == 1
+    assert shards_of(whole) == before
+
+
+# ------------------------------------------------------------------------------------- --verify
+
+
+def verified(scripts: ScriptRunner, store: Path) -> tuple[int, list[str]]:
+    """Exit code and lines, without the progress bar, which clears itself away."""
+    done = scripts("extract_tokens.py", "--verify", store)
+    assert "Traceback" not in done.err
+    return done.code, [line for line in done.err.splitlines() if line.strip() and "shard/s]" not in line]
+
+
+def test_a_sound_store_is_described(scripts: ScriptRunner, whole: Path) -> None:
+    code, lines = verified(scripts, whole)
+    assert code == 0
+    assert lines == [
+        "train: 11 images in 2 views, each 16 tokens of 6 bits; 1 unreadable files left out",
+        "  class 0 (n01): 4 images",
+        "  class 1 (n02): 3 images",
+        "  class 2 (n03): 4 images",
+        "val: 5 images in 1 view, each 16 tokens of 6 bits; 1 unreadable files left out",
+        "  class 0 (n01): 2 images",
+        "  class 1 (n02): 2 images",
+        "  class 2 (n03): 1 images",
+        f"{whole}: no problem found",
+    ]
+
+
+def test_many_classes_are_told_in_ranges() -> None:
+    names = [f"n{i}" for i in range(95)]
+    images = np.arange(95) * 30
+    images[[3, 50]] = 0
+
+    def told(train: NDArray[np.int64], val: NDArray[np.int64]) -> list[str]:
+        found = Verified(problems=[], images={"train": train, "val": val}, left_out={"train": 1200, "val": 0})
+        return describe(header(class_names=names), found)
+
+    lines = told(images, images * 0)
+    assert lines[0].startswith("train: 132,360 images in 2 views")
+    assert lines[0].endswith("; 1,200 unreadable files left out")
+    assert lines[1] == "  classes 0 to 9: 1,260 images, 0 to 270 a class"
+    assert lines[10] == "  classes 90 to 94: 13,800 images, 2,700 to 2,820 a class"
+    assert lines[11] == "  classes without images: 3: 0 (n0), 3 (n3), 50 (n50)"
+    assert lines[-1] == "  classes without images: 95: " + ", ".join(f"{i} (n{i})" for i in range(10)) + ", ..."
+    assert len(lines) == 2 * 12
+    assert told(images + 1, images)[11] == "  classes without images: 0"
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+def test_every_problem_is_told_and_the_reader_finds_them_too(
+    scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    store, other = tmp_path / "store", tmp_path / "other"
+    shutil.copytree(whole, store)
+    flip_bit(store / "train-00001.tokens.npy")
+    flip_bit(store / "val-00000.labels.npy")
+    (store / "train-00003.labels.npy").unlink()
+    (store / "val-00001.json").unlink()
+    # a shard of the same images, made by another tokenizer
+    given = words(pipeline_folder / "tokenizer", whole.parent / "images", other, *SMALL)
+    assert scripts("extract_tokens.py", *given).code == 0
+    for path in other.glob("train-00005.*"):
+        shutil.copy(path, store)
+    code, lines = verified(scripts, store)
+    assert code == 2
+    told = [line for line in lines if "train-000" in line or "val-000" in line]
+    for name, problem in (
+        ("train-00001.tokens.npy", "damaged"),
+        ("train-00003.labels.npy", "missing"),
+        ("train-00005.json", f"of the tokenizer {fingerprint(tiny_tokenizer)}"),
+        ("val-00000.labels.npy", "damaged"),
+        ("val-00001.json", "missing"),
+    ):
+        (line,) = [line for line in told if f"/{name} " in line]
+        assert problem in line
+    assert len(told) == 5
+    assert lines[-1].startswith("extract_tokens.py: error: ")
+    assert f"{store}: problems found: 5" in lines[-1]
+    assert lines[0].startswith("train: 5 images")  # of the three shards that are sound
+
+    with pytest.raises(InputError, match=r"1 of 3 val shards"):
+        TokenStore.open(store)
+    shutil.copy(whole / "val-00001.json", store)
+    with pytest.raises(InputError, match=r"train-00005\.json is of the tokenizer"):
+        TokenStore.open(store)
+    for path in whole.glob("train-00005.*"):
+        shutil.copy(path, store)
+    dataset = TokenDataset(TokenStore.open(store), "train", 0)
+    dataset.__getitems__([(0, 0), (1, 0)])
+    with pytest.raises(InputError, match=r"train-00001\.tokens\.npy is missing or damaged"):
+        dataset.__getitems__([(2, 0)])
+
+
+def test_another_tokenizer_in_the_store_is_told(
+    scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(whole, store)
+    shutil.rmtree(store / "tokenizer")
+    code, lines = verified(scripts, store)
+    assert code == 2
+    assert "tokenizer" in lines[-2]
+    shutil.copytree(pipeline_folder / "tokenizer", store / "tokenizer")
+    code, lines = verified(scripts, store)
+    assert code == 2
+    assert f"is the tokenizer {fingerprint(tiny_tokenizer)}" in lines[-2]
+    assert "problems found: 1" in lines[-1]
+
+
+def test_verify_stands_alone(scripts: ScriptRunner, whole: Path, tmp_path: Path) -> None:
+    config = tmp_path / "flags.yaml"
+    config.write_text(f"verify: {whole}\n")
+    for given, named in (
+        (["--verify", whole, "--views", "flip"], "--views"),
+        (["--verify"], "--verify takes one value"),
+        (["--verify", tmp_path], "store.json is missing"),
+        (["--config", config, "--tokenizer", "a", "--output-dir", "b", "--data-dir", "c"], "--verify STORE"),
+        (["--verfy", whole, "--tokenizer", "a", "--output-dir", "b"], "--verify"),
+    ):
+        done = scripts("extract_tokens.py", *given)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert named in done.err
+    assert "--verify" in scripts("extract_tokens.py", "--help").out
