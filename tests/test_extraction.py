@@ -139,15 +139,20 @@ def test_several_processes_make_the_store_of_one(
 
 
 TELLS = """
-import os
-from generator.token_data import TokenDataset
+import os, pathlib, sys, time
+from common import runtime
 from generator.tokens import TokenStore
-from generator.verification import Verified, describe
-real = TokenStore.write_shard
-def write(self, split, shard, *rest):
-    print(os.environ.get("RANK"), split, shard, flush=True)
-    real(self, split, shard, *rest)
-TokenStore.write_shard = write
+write, move = TokenStore.write_shard, runtime.move
+def tell(self, split, shard, *rest):
+    print(os.environ["RANK"], split, shard, flush=True)
+    write(self, split, shard, *rest)
+def lag(*arguments):
+    # the others look for their shards when the first process has written some already
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1])
+    while os.environ["RANK"] != "0" and len(list(folder.glob("*-*.json"))) < 2:
+        time.sleep(0.01)
+    return move(*arguments)
+TokenStore.write_shard, runtime.move = tell, lag
 """
 LINGERS = """
 import time, generator.tokens
