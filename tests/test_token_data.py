@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_a_shard_is_read_whole_once(store: TokenStore, monkeypatch: pytest.Monke
     copy.deepcopy(dataset).__getitems__([(0, 0)])  # as a worker that is not forked gets it
     dataset.counts()
     assert sorted(checked) == [0, 1, 2]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_told(store: TokenStore) -> None:
+    dataset = TokenDataset(store, "train", None)
+    dataset.__getitems__([(0, 0)])
+    os.truncate(store.folder / "train-00000.tokens.npy", 128 + 2 * C)
+    dataset.__getitems__([(0, 0)])
+    with pytest.raises(InputError, match=r"train-00000\.tokens\.npy was cut short"):
+        dataset.__getitems__([(0, 0), (1, 0)])
 
 
 def views_shown(dataset: TokenDataset, epochs: range) -> list[list[int]]:
