@@ -3,10 +3,12 @@
 import copy
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ScriptRunner
 from tiny_store import CODES, TRAIN_ROWS, C, content, everything, fill, header
 from torch.utils.data import DataLoader
 
@@ -73,6 +75,23 @@ def test_a_shard_is_read_whole_once(store: TokenStore, monkeypatch: pytest.Monke
     copy.deepcopy(dataset).__getitems__([(0, 0)])  # as a worker that is not forked gets it
     dataset.counts()
     assert sorted(checked) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["train-00001.tokens.npy", "val-00000.labels.npy"])
+def test_nothing_is_trained_on_a_shard_with_a_flipped_bit(
+    scripts: ScriptRunner, token_store: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(token_store, tmp_path / "store")
+    data = bytearray((tmp_path / "store" / name).read_bytes())
+    data[-8] ^= 1  # a token, or a label, that is possible, too
+    (tmp_path / "store" / name).write_bytes(data)
+    sizes = ("--num-layers", 1, "--num-heads", 2, "--hidden-size", 32, "--intermediate-size", 32, "--batch-size", 4)
+    done = scripts(
+        "train_ar.py", "--tokens", tmp_path / "store", "--output-dir", tmp_path / "run", "--steps", 2, *sizes
+    )
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert f"{name} is missing or damaged" in done.err
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_told(store: TokenStore) -> None:
