@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 256, 8192  # rows of the square matrices
 LONG_ENOUGH = 0.1  # seconds; a product that takes longer is large enough
 QUICK = 0.02  # where it is only to stand beside another figure, and should not be waited for
 PASSES = 3  # in one probe
-# makers' data sheets: operations a second in bfloat16, of dense matrices; the longest name that fits counts
+# makers' data sheets: operations a second in bfloat16, summed in float32, of dense matrices; the longest name that fits
 BFLOAT16 = {
     "A100": 312e12,
     "A10": 125e12,
@@ -28,11 +28,14 @@ BFLOAT16 = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "L4": 121e12,
     "L40S": 362e12,
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
+OTHERS = {"D", "Laptop", "MIG", "Ti"}  # words that make a slower or faster product, or a part, of one of these names
+MEASURED = "fastest square matrix product here"
 
 
 def timed(device: torch.device, run: Callable[[], T]) -> tuple[float, T]:
@@ -57,6 +60,13 @@ def products_as_in_convolutions(device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+class Peak(NamedTuple):
+    """Operations a second, and where the figure is from."""
+
+    flops: float
+    source: str
 
 
 @dataclass(kw_only=True)
@@ -107,20 +117,26 @@ class MatmulProbe:
         """The fastest product of all times, in each format, operations a second."""
         return {dtype: max(values) for dtype, values in self.found.items()}
 
+    def peak(self, dtype: str) -> Peak:
+        """The most that the device can do: of its data sheet where that is known, else the best of what was measured."""
+        return data_sheet_peak(self.device, dtype) or Peak(self.best[dtype], MEASURED)
 
-class Peak(NamedTuple):
-    """Operations a second, and where the figure is from."""
 
-    flops: float
-    source: str
+def data_sheet_peak(device: torch.device, dtype: str) -> Peak | None:
+    """What the maker says that a device can do in a number format; None where that is not known here."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    known = [entry for entry in BFLOAT16 if f" {entry} " in f" {' '.join(words)} "]
+    if not known or OTHERS & set(words):
+        return None
+    return Peak(BFLOAT16[max(known, key=len)], "data sheet")
 
 
 def peak_of(device: torch.device, dtype: str) -> Peak:
     """The most that a device can do in a number format: of its data sheet where that is known, else measured."""
-    if device.type == "cuda" and dtype == "bfloat16":
-        name = torch.cuda.get_device_name(device)
-        if known := [entry for entry in BFLOAT16 if f" {entry} " in f" {name.replace('-', ' ')} "]:
-            return Peak(BFLOAT16[max(known, key=len)], "data sheet")
+    if sheet := data_sheet_peak(device, dtype):
+        return sheet
     probe = MatmulProbe(device=device, dtypes=[dtype], long_enough=QUICK)
     probe.measure()
-    return Peak(probe.best[dtype], "fastest square matrix product here")
+    return probe.peak(dtype)
