@@ -118,7 +118,7 @@ class MatmulProbe:
         return {dtype: max(values) for dtype, values in self.found.items()}
 
     def peak(self, dtype: str) -> Peak:
-        """The most that the device can do: of its data sheet where that is known, else the best of what was measured."""
+        """The most that the device can do: of its data sheet where known, else the best of what was measured."""
         return data_sheet_peak(self.device, dtype) or Peak(self.best[dtype], MEASURED)
 
 
