@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import peak
+from common import peak, turns
 from common.errors import InputError
 from common.peak import MatmulProbe, products_as_in_convolutions
 from common.plots import Bar, save_bar_plot
@@ -400,7 +400,7 @@ def test_all_of_a_batch_size_are_interleaved_and_each_gets_what_it_takes(tokeniz
 def test_a_variant_is_not_repeated_beyond_its_seconds(reference, monkeypatch, name, first, each, runs):
     calls = []
     lane = fake_lane(reference, name, work=lambda given: calls.append(1) or reference.tokens)
-    monkeypatch.setattr(lanes, "timed", lambda device, run: (run(), first if len(calls) == 1 else each)[::-1])
+    monkeypatch.setattr(turns, "timed", lambda device, run: (run(), first if len(calls) == 1 else each)[::-1])
     other = fake_lane(reference)
     with tqdm(disable=True) as bar:
         run_lanes([lane, other], reference, probe(), config(repeats=3, max_seconds=7), bar)

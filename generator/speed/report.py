@@ -8,6 +8,7 @@ from typing import Any
 from common.checkpoint import write_text
 from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
+from common.reports import place, table_head, table_line
 from generator.speed.measure import Row, SpeedResults
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ def _label(row: Row) -> str:
 
 def _titles(found: dict[str, Any]) -> tuple[str, str]:
     """What was measured, and where."""
-    generator, tokenizer, device = found["generator"], found["tokenizer"], found["machine"]
+    generator, tokenizer = found["generator"], found["tokenizer"]
     what = f"generator {generator['name']} ({generator['parameters'] / 1e6:.1f}M)"
     what += f", tokenizer {tokenizer['name']}" if tokenizer else ", tokens only"
-    where = device["gpu"] or f"{device['cpu']}, {device['threads']} thread{'s' * (device['threads'] > 1)}"
-    return what, f"{where}, torch {found['versions']['torch']}, memory reads {found['bandwidth_gb_s']:.0f} GB/s"
+    where = place(found["machine"], found["versions"])
+    return what, f"{where}, memory reads {found['bandwidth_gb_s']:.0f} GB/s"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -64,7 +65,7 @@ def table(found: dict[str, Any]) -> str:
         budgets = list(dict.fromkeys(row["num_tokens"] for row in rows))
         heads = ["sampler", *(f"k = {k}, ms a token" for k in budgets), f"images/s at k = {budgets[-1]}"]
         heads += [f"first preview (k = {budgets[0]}), ms", "memory, MB", "of the limit"]
-        lines += [f"## {_setting_title(rows[0])}", "", _line(heads), "|" + " --- |" * len(heads)]
+        lines += [f"## {_setting_title(rows[0])}", "", *table_head(heads)]
         uncached = {row["num_tokens"]: row["ms_per_token"] for row in rows if row["sampler"] == "uncached"}
         for name in dict.fromkeys(row["sampler"] for row in rows):
             mine = [row for row in rows if row["sampler"] == name]
@@ -78,7 +79,7 @@ def table(found: dict[str, Any]) -> str:
             cells += [
                 "-" if last[key] is None else f"{last[key]:.0f}" for key in ("first_preview_ms", "peak_memory_mb")
             ]
-            lines.append(_line([*cells, f"{last['fraction_of_limit']:.1%}"]))
+            lines.append(table_line([*cells, f"{last['fraction_of_limit']:.1%}"]))
         lines.append("")
     lines.append(
         f"Medians; rounds, samplers interleaved: {found['settings']['repeats']}. ms a token: mean over k tokens, "
@@ -87,10 +88,6 @@ def table(found: dict[str, Any]) -> str:
         "between measured prefix lengths."
     )
     return "\n".join([*lines, ""])
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _panels(found: dict[str, Any]) -> list[Panel]:

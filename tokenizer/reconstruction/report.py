@@ -13,6 +13,7 @@ from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil
 from common.measuring import machine
 from common.plots import Panel, save_line_plot
+from common.reports import table_head, table_line
 from tokenizer.reconstruction.measure import ReconstructionResults
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,6 @@ def _where(found: dict[str, Any]) -> str:
     return f"{found['images']:,} images{of_all} ({reference['name']})"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def table(found: dict[str, Any]) -> str:
     """results.md: a line for each k, and under it what the figures rest on."""
     model, book, reference = found["tokenizer"], found["codebook"], found["reference"]
@@ -101,9 +98,9 @@ def table(found: dict[str, Any]) -> str:
     if "rfid" in heads:
         heads["rfid"] = f"rFID, N = {found['images']:,}"
     lines = [f"# Reconstruction: {model['name']}", "", f"`{found['command']}`", ""]
-    lines += [_line(["k", *heads.values()]), "|" + " --- |" * (1 + len(heads))]
+    lines += table_head(["k", *heads.values()])
     for row in found["rows"]:
-        lines.append(_line([str(row["num_tokens"]), *(COLUMNS[name][1].format(row[name]) for name in names)]))
+        lines.append(table_line([str(row["num_tokens"]), *(COLUMNS[name][1].format(row[name]) for name in names)]))
     unread = found["unreadable"]["count"]
     lines += [
         "",

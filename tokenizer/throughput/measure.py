@@ -1,8 +1,6 @@
 """The measurement: every variant in both directions, round after round, and the rows that come out."""
 
 import copy
-import logging
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,13 +12,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from common.errors import InputError
 from common.peak import MatmulProbe
 from common.runtime import check_can_compile, move, pick_device
+from common.turns import OUT_OF_MEMORY, ran_out, take_turns
 from tokenizer.throughput.config import BASELINE, COMPILED, TASKS, ThroughputConfig, layout_of, tasks_of
-from tokenizer.throughput.lanes import OUT_OF_MEMORY, Lane, Reference, ran_out
+from tokenizer.throughput.lanes import Lane, Reference
 from tokenizer.throughput.limits import count_flops
 from tokenizer.throughput.variants import VariantFactory
 from tokenizer.tokenizer import ChannelTokenizer
 
-logger = logging.getLogger(__name__)
 MEASURED = (
     "images_per_second",
     "images_per_second_min",
@@ -71,7 +69,6 @@ def measure_throughput(tokenizer: ChannelTokenizer, config: ThroughputConfig) ->
                 # compiled programs of earlier sizes count towards the number that a network may have
                 torch.compiler.reset()
             compared = build_lanes(factory, config, reference, batch_size)
-            bar.total = (bar.total or 0) + len(compared) * (1 + config.repeats)
             run_lanes(compared, reference, probe, config, bar)
             lanes += compared
     parameters = sum(parameter.numel() for parameter in tokenizer.parameters())
@@ -134,21 +131,12 @@ def build_lanes(factory: VariantFactory, config: ThroughputConfig, reference: Re
 
 
 def run_lanes(lanes: list[Lane], reference: Reference, probe: MatmulProbe, config: ThroughputConfig, bar: tqdm) -> None:
-    """Prepare each, then take turns; each round begins with another, so that none always follows the same one."""
-    for lane in lanes:
-        bar.set_description(f"{lane.name}, {lane.dtype}, {lane.task}, first run")
+    """Prepare each, then take turns (`common.turns`)."""
+
+    def prepare(lane: Lane) -> None:
         lane.prepare(reference, probe.device, config.max_seconds)
-        bar.update()
-        if lane.error is not None:
-            logger.warning("%s, %s, batch %d: %s: %s", lane.name, lane.dtype, lane.batch_size, lane.task, lane.error)
-    for turn in range(config.repeats):
-        probe.measure()
-        first = turn % len(lanes)
-        for lane in lanes[first:] + lanes[:first]:
-            bar.set_description(f"{lane.name}, {lane.dtype}, {lane.task}")
-            lane.repeat(probe.device, config.max_seconds)
-            bar.update()
-    probe.measure()
+
+    take_turns(lanes, prepare, probe, bar, repeats=config.repeats, max_seconds=config.max_seconds)
 
 
 def rows_of(lanes: list[Lane], flops: dict[str, int], probe: MatmulProbe) -> list[Row]:
@@ -163,7 +151,7 @@ def rows_of(lanes: list[Lane], flops: dict[str, int], probe: MatmulProbe) -> lis
     error: why it was not timed, and all of the above is null; else null.
     """
     plain = {
-        (lane.task, lane.batch_size): statistics.median(lane.seconds)
+        (lane.task, lane.batch_size): lane.speeds(lane.batch_size)[0]
         for lane in lanes
         if (lane.name, lane.dtype) == BASELINE and lane.seconds
     }
@@ -184,13 +172,13 @@ def rows_of(lanes: list[Lane], flops: dict[str, int], probe: MatmulProbe) -> lis
             "error": lane.error,
         }
         if lane.seconds:
-            median, baseline = statistics.median(lane.seconds), plain.get((lane.task, lane.batch_size))
-            speed = lane.batch_size / median
+            baseline = plain.get((lane.task, lane.batch_size))
+            speed, slowest, fastest = lane.speeds(lane.batch_size)
             row["images_per_second"] = speed
-            row["images_per_second_min"] = lane.batch_size / max(lane.seconds)
-            row["images_per_second_max"] = lane.batch_size / min(lane.seconds)
+            row["images_per_second_min"] = slowest
+            row["images_per_second_max"] = fastest
             row["flops_per_second"] = speed * flops[lane.task]
             row["fraction_of_peak"] = speed * flops[lane.task] / probe.best[lane.dtype]
-            row["against_baseline"] = None if baseline is None else baseline / median
+            row["against_baseline"] = None if baseline is None else speed / baseline
         rows.append(row)
     return rows

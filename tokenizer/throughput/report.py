@@ -8,6 +8,7 @@ from typing import Any
 from common.checkpoint import write_text
 from common.measuring import machine, versions
 from common.plots import Bar, save_bar_plot
+from common.reports import cell, place, speed_cell, table_head, table_line
 from tokenizer.throughput.config import TASKS
 from tokenizer.throughput.measure import Row, ThroughputResults
 
@@ -40,29 +41,17 @@ def content(results: ThroughputResults, command: str, name: str, fingerprint: st
 
 def _titles(found: dict[str, Any]) -> tuple[str, str]:
     """What was measured, and where."""
-    tokenizer, device = found["tokenizer"], found["machine"]
+    tokenizer = found["tokenizer"]
     size = tokenizer["image_size"]
     what = f"tokenizer {tokenizer['name']} ({tokenizer['parameters'] / 1e6:.1f}M, {size}x{size})"
-    where = device["gpu"] or f"{device['cpu']}, {device['threads']} thread{'s' * (device['threads'] > 1)}"
-    return what, f"{where}, torch {found['versions']['torch']}"
+    return what, place(found["machine"], found["versions"])
 
 
 def _speed(row: Row | None, repeats: int) -> list[str]:
     """Two cells: images/s with range, ratio and number of runs where fewer than asked; share of the peak."""
     if row is None:
         return ["-", "-"]
-    if row["error"] is not None:
-        return [row["error"], "-"]
-    text = f"{row['images_per_second']:.3g} [{row['images_per_second_min']:.3g}, {row['images_per_second_max']:.3g}]"
-    if row["against_baseline"] is not None:
-        text += f" {row['against_baseline']:.2f}x"
-    if (count := len(row["seconds"])) < repeats:
-        text += f" ({count} run{'s' * (count > 1)})"
-    return [text, f"{row['fraction_of_peak']:.0%}"]
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return [speed_cell(row, "images_per_second", repeats), cell(row["fraction_of_peak"], ".0%")]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -76,7 +65,7 @@ def table(found: dict[str, Any]) -> str:
     fingerprint = found["tokenizer"]["fingerprint"]
     lines = [f"# Throughput: {what}", "", where, "", f"`{found['command']}`", ""]
     lines += [f"Weights: {fingerprint}. One image: {work}. Best matrix product: {peaks}.", ""]
-    lines += [_line(HEADS), "|" + " --- |" * len(HEADS)]
+    lines += table_head(HEADS)
     lanes: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in sorted(found["rows"], key=lambda row: row["batch_size"]):
         lanes.setdefault(tuple(row[key] for key in LANE), {})[row["task"]] = row
@@ -86,10 +75,10 @@ def table(found: dict[str, Any]) -> str:
         for row in (encode, decode):
             cells += _speed(row, found["settings"]["repeats"])
         memory = [row["peak_memory_mb"] for row in rows.values() if row["peak_memory_mb"] is not None]
-        cells.append(_cell(max(memory, default=None), ".0f"))
-        cells.append(_cell(encode["tokens_changed"] if encode else None, ".2%"))
-        cells.append(_cell(decode["grey_levels"] if decode else None, ".2g"))
-        lines.append(_line(cells))
+        cells.append(cell(max(memory, default=None), ".0f"))
+        cells.append(cell(encode["tokens_changed"] if encode else None, ".2%"))
+        cells.append(cell(decode["grey_levels"] if decode else None, ".2g"))
+        lines.append(table_line(cells))
     lines += [
         "",
         f"Medians [slowest, fastest] of {found['settings']['repeats']} rounds, variants interleaved; x: times the "
@@ -100,10 +89,6 @@ def table(found: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _panels(found: dict[str, Any]) -> dict[str, list[Bar]]:
