@@ -1,6 +1,6 @@
-"""Measure. speed: drawing, or with --tokenizer alone encoding and decoding; reconstruction: quality by k.
+"""Measure speed (of drawing; with --tokenizer alone of a tokenizer; with --train of training), or reconstruction.
 
-`benchmark.py speed --help` and `benchmark.py reconstruction --help` tell the flags of each.
+`benchmark.py speed --help`, `speed --train --help` and `reconstruction --help` tell the flags of each.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,12 @@ from common import cli, runtime
 from common.checkpoint import fingerprint, resolve_folder
 from common.errors import InputError
 from generator.config import GENERATOR_SIZES, TokenLayout
-from generator.model import build_generator, load_generator
+from generator.model import build_generator, load_generator, load_layout
 from generator.speed import SpeedConfig, Subject, measure_speed, write_report
+from generator.trainspeed import Subject as TrainSubject
+from generator.trainspeed import TrainSpeedConfig, measure_training
+from generator.trainspeed import write_report as write_train_speed
+from generator.trainspeed.config import SIZES
 from tokenizer import ChannelTokenizer
 from tokenizer.decoding import PictureDecoder
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
@@ -96,6 +100,17 @@ class SubjectConfig:
         return self.tokenizer or ("paper-256" if self.model is None else Path(self.model).name)
 
 
+def random_layout(num_channels: int = 256, num_bits: int = 14) -> TokenLayout:
+    """Of a generator that is made up: that of the paper's 256x256 models, unless told otherwise."""
+    return TokenLayout(
+        num_channels=num_channels,
+        num_bits=num_bits,
+        class_names=[str(label) for label in range(NUM_CLASSES)],
+        tokenizer_fingerprint=RANDOM_WEIGHTS,
+        has_null_label=True,
+    )
+
+
 def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, TokenLayout, ChannelTokenizer | None]:
     """Those of a folder, or of a published size with random weights."""
     if config.model is not None:
@@ -106,12 +121,8 @@ def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, Token
         tokenizer = None
         if config.tokenizer_name != NO_TOKENIZER:
             tokenizer = ChannelTokenizer(published_config(config.tokenizer_name)).eval()
-        layout = TokenLayout(
-            num_channels=tokenizer.config.num_channels if tokenizer else 256,
-            num_bits=tokenizer.config.num_bits if tokenizer else 14,
-            class_names=[str(label) for label in range(NUM_CLASSES)],
-            tokenizer_fingerprint=RANDOM_WEIGHTS,
-            has_null_label=True,
+        layout = (
+            random_layout(tokenizer.config.num_channels, tokenizer.config.num_bits) if tokenizer else random_layout()
         )
         return build_generator(GENERATOR_SIZES[config.generator_name], layout), layout, tokenizer
 
@@ -167,6 +178,21 @@ def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     write_report(measure_speed(subject, config), what.output_dir, cli.command_line())
 
 
+def train_speed(config: TrainSpeedConfig) -> None:
+    """Measure sizes, or one that is there, and write."""
+    if config.model is not None:
+        folder = resolve_folder(config.model) / "generator"
+        layout, name = load_layout(folder), Path(config.model).name
+        subjects = [TrainSubject(name=name, layout=layout, build=lambda: load_generator(folder)[0])]
+    else:
+        layout = random_layout()
+        subjects = [
+            TrainSubject(name=size, layout=layout, build=partial(build_generator, GENERATOR_SIZES[size], layout))
+            for size in config.generator or SIZES
+        ]
+    write_train_speed(measure_training(subjects, config), config.output_dir, cli.command_line())
+
+
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     """Load, measure, write."""
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
@@ -175,6 +201,7 @@ def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
+    "speed --train": (train_speed, (TrainSpeedConfig,)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
 }
 

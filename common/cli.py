@@ -118,13 +118,15 @@ def parse_command(
 ) -> tuple[str, tuple[Any, ...]]:
     """Parse a command line whose first word says what to do and decides which flags follow.
 
+    A command of two words, "speed --train", is another way of its first word: chosen by the switch, wherever it stands.
+
     Args:
-        commands: for each word, the classes whose fields are its flags, as `parse` takes them.
+        commands: for each command, the classes whose fields are its flags, as `parse` takes them.
         argv: the words after the program's name; None reads the process's own.
         description: shown by --help.
 
     Returns:
-        The word, and one instance of each of its classes.
+        The command, and one instance of each of its classes.
 
     Raises:
         InputError: no such word first, or what `parse` refuses.
@@ -134,11 +136,16 @@ def parse_command(
         chooser = argparse.ArgumentParser(prog=_program(), description=description, usage="%(prog)s COMMAND [FLAGS]")
         chooser.add_argument("command", choices=list(commands), help="COMMAND --help tells its flags")
         chooser.parse_args(words[:1])
+    firsts = [command for command in commands if " " not in command]
     if not words or words[0].startswith("-"):
-        raise InputError(f"the first word must be a command: {' or '.join(commands)}")
-    if words[0] not in commands:
-        raise InputError(f"unknown command {words[0]!r}; {nearest(words[0], commands)}")
-    return words[0], parse(*commands[words[0]], argv=words[1:], description=description, command=words[0])
+        raise InputError(f"the first word must be a command: {' or '.join(firsts)}")
+    if words[0] not in firsts:
+        raise InputError(f"unknown command {words[0]!r}; {nearest(words[0], firsts)}")
+    command, rest = words[0], words[1:]
+    for word in words[1:]:
+        if f"{words[0]} {word}" in commands:
+            command, rest = f"{words[0]} {word}", [other for other in rest if other != word]
+    return command, parse(*commands[command], argv=rest, description=description, command=command)
 
 
 def parse_alone(name: str, argv: Sequence[str] | None = None) -> str | None:
