@@ -75,7 +75,7 @@ def _panels(found: dict[str, Any]) -> dict[str, list[Bar]]:
                 if model is None or (row["generator"], row["batch_size"]) != (name, batch_size) or not row["seconds"]:
                     continue
                 bar = Bar(
-                    label=row["variant"],
+                    label=f"{row['variant']}, MFU {row['mfu']:.0%}",
                     group=row["dtype"],
                     value=row["tokens_per_second"],
                     low=row["tokens_per_second_min"],
