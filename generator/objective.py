@@ -109,7 +109,7 @@ class _Dropout:
         return F.dropout(output, self.share, module.training)
 
 
-def flops_per_token(llama: LlamaForCausalLM, num_tokens: int) -> float:
+def flops_per_token(llama: LlamaForCausalLM, num_tokens: float) -> float:
     """Operations that training on one token of sequences of `num_tokens` takes, forward and backward.
 
     Two for each multiplication with its sum: 6 for every weight of the blocks and of the head, and

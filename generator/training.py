@@ -19,7 +19,7 @@ from common.measuring import machine
 from common.peak import peak_of
 from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, send
-from common.steps import LoopConfig, Part
+from common.steps import LoopConfig, Part, generator_for
 from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
@@ -48,6 +48,11 @@ class GeneratorTrainingConfig(LoopConfig):
         default="none",
         metadata={"help": "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"},
     )
+    prefixes: bool = field(
+        default=False,
+        metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work, and the first "
+                  "tokens learn the most"},
+    )  # fmt: skip
     loss_chunk: int = field(
         default=8192, metadata={"help": "tokens whose logits exist at a time, to save memory; 0 = all at once"}
     )
@@ -120,7 +125,8 @@ def train_generator(
     )
     if training.compile:
         model.compile_blocks()
-    flops, parameters = flops_per_token(llama, header.num_channels), llama.num_parameters()
+    seen = (1 + header.num_channels) / 2 if training.prefixes else header.num_channels  # tokens of a sequence, mean
+    flops, parameters = flops_per_token(llama, seen), llama.num_parameters()
     loop = Loop(model, training, accelerator, {"size": asdict(size), "store": asdict(header)})
     if accelerator.is_main_process and not (output_dir / "tokenizer").exists():
         with folder_written_whole(output_dir / "tokenizer") as temporary:
@@ -147,8 +153,13 @@ def train_generator(
         labels = batch.labels.to(accelerator.device, non_blocking=True)
         dropped = torch.rand(part.batch_size, generator=part.rng())[list(part.rows)] < training.label_dropout
         labels = torch.where(send(dropped, labels.device), layout.null_label, labels)
-        nats = model(labels, tokens)
-        return StepLoss(terms={"loss": (nats * weights).mean(), "nats": nats.mean(), "first": nats[:, 0].mean()})
+        kept = (
+            prefix_length(training.seed, part.step, layout.num_channels) if training.prefixes else layout.num_channels
+        )
+        nats = model(labels, tokens[:, :kept])
+        # a token weighs the same in every prefix that has it
+        weighted = (nats * weights[:kept]).sum(1).mean() / layout.num_channels
+        return StepLoss(terms={"loss": weighted, "nats": nats.mean(), "first": nats[:, 0].mean()})
 
     @torch.no_grad()
     def evaluate(averaged: NextTokenNats, step: int) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def train_generator(
         save_generator(averaged.llama, layout, output_dir / "generator", training.save_dtype)
 
     def speed(images_per_second: float) -> dict[str, float]:
-        tokens = images_per_second * header.num_channels
+        tokens = images_per_second * seen
         return {"tokens_per_second": tokens, "mfu": tokens * flops / (peak.flops * accelerator.num_processes)}
 
     def finish() -> None:
@@ -180,6 +191,11 @@ def train_generator(
         write_report(output_dir, loop.journal, baselines, progress)
 
     loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export, finish=finish, speed=speed))
+
+
+def prefix_length(seed: int, step: int, num_channels: int) -> int:
+    """How many tokens a step sees, evenly from 1..C; the same in all processes."""
+    return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, 6, step)))
 
 
 def validation_nats(model: NextTokenNats, batches: Any, accelerator: Accelerator) -> Tensor:

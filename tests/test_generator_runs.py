@@ -16,6 +16,8 @@ import pytest
 from conftest import REPO, Finished, ScriptRunner
 from safetensors.numpy import load_file
 
+from generator.training import prefix_length
+
 FLAGS: list[object] = [
     *("--num-layers", 2, "--num-heads", 2, "--hidden-size", 32, "--intermediate-size", 64),
     *("--steps", 12, "--batch-size", 16, "--warmup-steps", 3, "--learning-rate", 0.01, "--ema-decay", 0.9),
@@ -125,6 +127,21 @@ def test_the_two_process_command_of_the_docs_runs_as_it_stands(token_store: Path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 processes on" in (tmp_path / "runs" / "two" / "report.md").read_text()
+
+
+def test_prefixes_are_the_steps_own_whoever_trains(train: Train, tmp_path: Path) -> None:
+    flags = (*WITHOUT_DROPOUT, "--prefixes", "true", "--checkpoint-every", 1, "--keep-checkpoints", 12)
+    assert train(tmp_path / "one", *flags).code == 0
+    assert train(tmp_path / "two", *flags, "--micro-batch-size", 4, processes=2).code == 0
+    found, expected = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert len(expected) == 12
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    # a fresh model spends the same on every token, so what the loss is short of that is what the step did not see
+    for record in expected[:4]:
+        share = prefix_length(3, record["step"] - 1, 16) / 16
+        assert record["loss"] == pytest.approx(record["nats"] * share, rel=1e-5)
+    assert len({prefix_length(3, step, 16) for step in range(200)}) == 16
 
 
 def test_a_sharded_run_is_continued_by_one_process(train: Train, alone: Path, tmp_path: Path) -> None:
