@@ -50,7 +50,7 @@ class GeneratorTrainingConfig(LoopConfig):
     )
     prefixes: bool = field(
         default=False,
-        metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work, and the first "
+        metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work, and first "
                   "tokens learn the most"},
     )  # fmt: skip
     loss_chunk: int = field(
