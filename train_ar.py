@@ -17,7 +17,7 @@ def main() -> None:
     tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
     if fingerprint(tokenizer) != store.header.tokenizer_fingerprint:
         raise InputError(f"{store.tokenizer_folder} is not the tokenizer that made these tokens; extract them again")
-    train_generator(training, size, runtime.move(tokenizer, runtime.pick_device()).detokenize, cli.command_line())
+    train_generator(training, size, lambda device: runtime.move(tokenizer, device).detokenize, cli.command_line())
 
 
 if __name__ == "__main__":

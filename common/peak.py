@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -75,12 +75,13 @@ class MatmulProbe:
 
     Call it before, between and after what is judged by it: a shared machine does not give the same all
     the time. `sizes` holds the number of rows: doubled until a product takes
-    `long_enough` seconds.
+    `long_enough` seconds. `as_convolutions`: see `products_as_in_convolutions`.
     """
 
     device: torch.device
     dtypes: list[str]
     long_enough: float = LONG_ENOUGH
+    as_convolutions: bool = True
     found: dict[str, list[float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -88,9 +89,12 @@ class MatmulProbe:
         self._matrices: dict[str, Tensor] = {}
         for dtype in self.dtypes:
             self.found[dtype] = []
-            with products_as_in_convolutions(self.device):
+            with self._rounding():
                 self._matrices[dtype] = self._large_enough(pick_dtype(dtype))
             self.sizes[dtype] = len(self._matrices[dtype])
+
+    def _rounding(self) -> AbstractContextManager[None]:
+        return products_as_in_convolutions(self.device) if self.as_convolutions else nullcontext()
 
     def _large_enough(self, dtype: torch.dtype) -> Tensor:
         size = SMALLEST
@@ -107,7 +111,7 @@ class MatmulProbe:
 
     def measure(self) -> None:
         """Multiply a few times in each format; the fastest of them is noted."""
-        with products_as_in_convolutions(self.device):
+        with self._rounding():
             for dtype, matrix in self._matrices.items():
                 seconds = [self._product(matrix) for _ in range(PASSES)]
                 self.found[dtype].append(2 * len(matrix) ** 3 / min(seconds))
@@ -137,6 +141,6 @@ def peak_of(device: torch.device, dtype: str) -> Peak:
     """The most that a device can do in a number format: of its data sheet where that is known, else measured."""
     if sheet := data_sheet_peak(device, dtype):
         return sheet
-    probe = MatmulProbe(device=device, dtypes=[dtype], long_enough=QUICK)
+    probe = MatmulProbe(device=device, dtypes=[dtype], long_enough=QUICK, as_convolutions=False)
     probe.measure()
     return probe.peak(dtype)

@@ -11,7 +11,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     parse_flag_from_env,
 )
@@ -23,8 +22,7 @@ from common.errors import InputError
 from common.runtime import has_fast_bfloat16, pick_device
 from common.steps import LoopConfig
 
-# the main process evaluates while the others wait for it, perhaps for longer than the ten minutes that NCCL grants
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(hours=6)  # of the others while the main process evaluates or saves; all else has torch's limits
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -56,7 +54,6 @@ def make_accelerator(config: LoopConfig, *, can_shard: bool = False) -> Accelera
         mixed_precision=chosen,
         log_with=list(config.trackers) or None,
         project_config=folders,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     unsupported = UNSUPPORTED if can_shard else (*UNSUPPORTED, DistributedType.FSDP)
     if accelerator.distributed_type in unsupported:
@@ -109,18 +106,23 @@ def copy_into(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-class Vote:
-    """Lets all processes learn whether any of them was asked to stop, so that they do so after the same step."""
+class Peers:
+    """What the processes of a run tell one another beside gradients; on the CPU, so that no GPU is waited for."""
 
     def __init__(self, accelerator: Accelerator):
         several = accelerator.num_processes > 1
-        # on the CPU, so that no GPU is waited for
-        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._votes: Any = dist.new_group(backend="gloo") if several else None
+        self._waits: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
     def any(self, asked: bool) -> bool:
         """Whether it is true in any process; all of them must call."""
-        if self._group is None:
+        if self._votes is None:
             return asked
         ballot = torch.tensor(float(asked))
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._votes)
         return bool(ballot)
+
+    def wait(self) -> None:
+        """Wait for all, also where the main process has something long to do."""
+        if self._waits is not None:
+            dist.all_reduce(torch.zeros(()), group=self._waits)

@@ -121,15 +121,17 @@ class Interrupted(BaseException):
 
 
 class StopOnSignal:
-    """Context in which the first signal only sets `.requested`; the second one does what it usually does.
+    """Context in which a signal only sets `.requested`.
 
     Args:
         signals: which ones; Ctrl-C sends SIGINT, a scheduler that wants its machine back SIGTERM.
+        patient: whether a second Ctrl-C is taken as the first was, and does not interrupt. Where a launcher passes
+            signals on, one Ctrl-C comes twice. A second SIGTERM never ends the process: SIGKILL is there for that.
     """
 
-    def __init__(self, *signals: signal.Signals):
+    def __init__(self, *signals: signal.Signals, patient: bool = False):
         self.requested = False
-        self._signals = signals
+        self._signals, self._patient = signals, patient
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupting = False
 
@@ -158,7 +160,8 @@ class StopOnSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT and not self._patient:
+            signal.signal(number, signal.default_int_handler)
         if self._interrupting:
             raise Interrupted
 

@@ -117,7 +117,7 @@ class StepPlan:
         share, rest = divmod(config.batch_size, world_size)
         if rest:
             raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
-        micro = config.micro_batch_size or share
+        micro = min(config.micro_batch_size or share, share)
         if share % micro:
             raise InputError(
                 f"micro_batch_size {micro} does not divide the {share} images of a process "

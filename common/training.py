@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from common.errors import InputError
 from common.journal import Journal
 from common.players import OPPONENT_BETAS, Average, Opponent, Player, State, make_optimizer, shell_of
-from common.processes import Vote, whole
+from common.processes import Peers, whole
 from common.resuming import Checkpoints
 from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
 from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for, learning_rate_at
@@ -32,7 +32,7 @@ REPORT_EVERY = 20  # steps
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
     | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers", "init_from"}
-    | {"gradient_checkpointing", "loss_chunk"}  # these trade time for memory
+    | {"gradient_checkpointing", "loss_chunk", "micro_batch_size"}  # these trade time for memory
     | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
 
@@ -90,7 +90,7 @@ class Loop:
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
         self.journal = Journal(config.output_dir)
-        self.step = self._saved = 0
+        self.step, self._saved = 0, -1
         self.images_per_second = math.nan  # mean over this session's reports, without the first one if there are more
         self.plan = StepPlan(config, accelerator.process_index, accelerator.num_processes)
         if not config.resume and self.checkpoints.all():
@@ -99,18 +99,20 @@ class Loop:
             )
         if not config.resume and accelerator.is_main_process:
             self.journal.begin()
-        sharded = accelerator.distributed_type == DistributedType.FSDP
-        shell = shell_of(model) if accelerator.is_main_process or not sharded else None
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        shell = shell_of(model) if accelerator.is_main_process else None
         betas = (config.beta1, config.beta2)
         self.player = self._player("", model, config.learning_rate, betas, config.weight_decay)
         self.opponent: Player | None = None
         if opponent is not None:
             self.opponent = self._player("opponent.", opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
-        self.average = Average(shell, self.player.bare, config.ema_decay, sharded=sharded)
+        self.average: Average | None = None  # kept where it is looked at, or by all who hold a shard
+        if shell is not None or self.sharded:
+            self.average = Average(shell, self.player.bare, config.ema_decay, sharded=self.sharded)
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._loss = torch.zeros(())
-        self._vote = Vote(accelerator)
+        self._peers = Peers(accelerator)
         self._windows: list[tuple[int, float]] = []  # steps and seconds between reports
         if config.resume:
             self._restore()
@@ -136,10 +138,9 @@ class Loop:
         return mean
 
     def _state(self) -> State:
-        yield from self.player.state()
-        yield from self.average.state()
-        if self.opponent is not None:
-            yield from self.opponent.state()
+        for part in (self.player, self.average, self.opponent):
+            if part is not None:
+                yield from part.state()
 
     @torch.no_grad()
     def _save(self) -> None:
@@ -148,13 +149,16 @@ class Loop:
             return
         self._saved = self.step
         state: dict[str, Tensor] = {}
-        for name, value in self._state():
-            full = whole(value.detach())
-            if self.accelerator.is_main_process:
-                state[name] = full if full is value else full.cpu()
+        if self.sharded:
+            for name, value in self._state():
+                full = whole(value)
+                if self.accelerator.is_main_process:
+                    state[name] = full.cpu()
+        elif self.accelerator.is_main_process:
+            state |= self._state()
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state, self.settings)
-        self.accelerator.wait_for_everyone()
+        self._peers.wait()
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -196,25 +200,26 @@ class Loop:
         self.player.model.train()
         stream = iter(batches)
         with (
-            StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop,
+            StopOnSignal(signal.SIGTERM, signal.SIGINT, patient=accelerator.num_processes > 1) as stop,
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, smoothing=0.05) as bar,
         ):
             # the evaluation of the step that a run was resumed at, where that was cut short
             self._evaluate_if_due(tasks, stop)
-            while not self._vote.any(stop.requested) and self.step < config.steps:
+            while not self._peers.any(stop.requested) and self.step < config.steps:
                 self._step(stream, loss, tasks, bar)
                 self._evaluate_if_due(tasks, stop)
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self._save()
                     self._reported = (self.step, time.perf_counter())  # images/s is that of training alone
-        if self._vote.any(stop.requested):
-            self._check_health()
-            self._save()
-            logger.warning("stopped at step %d of %d, which is saved; --resume goes on", self.step, config.steps)
-        elif main:
-            tasks.finish()
-        accelerator.wait_for_everyone()
+            # signals to other processes may still come: none of them may end before all have saved
+            if self._peers.any(stop.requested):
+                self._check_health()
+                self._save()
+                logger.warning("stopped at step %d of %d, which is saved; --resume goes on", self.step, config.steps)
+            elif main:
+                tasks.finish()
+            self._peers.wait()
         accelerator.end_training()
 
     def _step(
@@ -245,7 +250,8 @@ class Loop:
         self._update(self.player, terms["loss"])
         if "opponent_loss" in terms and self.opponent is not None:
             self._update(self.opponent, terms["opponent_loss"])
-        self.average.update()
+        if self.average is not None:
+            self.average.update()
         self.step += 1
         bar.update()
         # a checkpoint or an export is never written of a run that has gone astray: the report looks first
@@ -272,7 +278,7 @@ class Loop:
         """Evaluate and export after every `evaluate_every` steps and the last; given up where the run is to stop."""
         if self.step == 0 or (self.step % self.config.evaluate_every and self.step != self.config.steps):
             return
-        averaged = self.average.model()
+        averaged = self.average.model() if self.average is not None else None
         if self.accelerator.is_main_process and self.step not in self.journal.evaluations():
             try:
                 with stop.interrupting():
@@ -282,8 +288,9 @@ class Loop:
                 self._track({f"evaluation/{name}": value for name, value in figures.items()})
             except Interrupted:
                 logger.warning("the evaluation at step %d was given up; --resume makes up for it", self.step)
-        self.average.release()
-        self.accelerator.wait_for_everyone()
+        if self.average is not None:
+            self.average.release()
+        self._peers.wait()
         self._reported = (self.step, time.perf_counter())
 
     def _report(self, terms: dict[str, Tensor], rate: float, tasks: RunTasks, bar: Any) -> None:

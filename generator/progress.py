@@ -25,6 +25,7 @@ from generator.sampling import SamplingConfig
 logger = logging.getLogger(__name__)
 PICTURE_CLASSES = 8
 NATS_A_BIT = math.log(2)
+REPORT = "report.md"
 
 
 def draw_sheet(
@@ -101,11 +102,14 @@ class Baselines:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What the report says beside the log. `speed`: tokens_per_second and mfu, means over the last session's steps."""
+    """What the report says beside the log.
+
+    speed: tokens_per_second and mfu, means over the last session's steps; None if it made none.
+    """
 
     command: str
     machine: dict[str, Any]
-    speed: dict[str, float]
+    speed: dict[str, float] | None
     peak: Peak
     flops_per_token: float
     parameters: int
@@ -152,7 +156,7 @@ def write_report(output_dir: Path, journal: Journal, baselines: Baselines, progr
         columns=1,
         dashed={"unigram", "uniform"},
     )
-    write_text(output_dir / "report.md", _report(evaluations, bounds, progress))
+    write_text(output_dir / REPORT, _report(evaluations, bounds, progress))
     logger.info("%s: done; report.md tells how it went", output_dir)
 
 
@@ -162,7 +166,10 @@ def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], pr
         for step, found in evaluations.items()
     ]
     rows += [f"| {name} | {nats:.3f} | {nats / NATS_A_BIT:.3f} | | |" for name, nats in bounds.items()]
-    tokens, mfu = progress.speed["tokens_per_second"], progress.speed["mfu"]
+    speed = "no step was timed in the last session"
+    if progress.speed is not None:
+        tokens, mfu = progress.speed["tokens_per_second"], progress.speed["mfu"]
+        speed = f"{tokens:,.0f} tokens/s in the last session, MFU {mfu:.1%}"
     about = progress.machine
     device = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
     many = f"{about['processes']} processes on " if about["processes"] > 1 else ""
@@ -177,7 +184,7 @@ def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], pr
             "",
             f"- {progress.parameters:,} parameters; {progress.steps:,} steps of {progress.batch_size:,} sequences, "
             f"{progress.steps * progress.batch_size / progress.sequences:.2f} epochs of {progress.sequences:,}.",
-            f"- {many}{device}, {about['dtype']}: {tokens:,.0f} tokens/s in the last session, MFU {mfu:.1%} "
+            f"- {many}{device}, {about['dtype']}: {speed} "
             f"({progress.flops_per_token:.4g} operations a token; {progress.peak.flops / 1e12:.4g} TFLOP/s a process, "
             f"{progress.peak.source}).",
             f"- {', '.join(f'{name} {version}' for name, version in versions().items())}.",

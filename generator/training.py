@@ -1,6 +1,7 @@
 """Training the generator: a token store in, a folder that `sample.py --model` draws from out."""
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
 from generator.objective import WEIGHTINGS, NextTokenNats, Weighting, flops_per_token, position_weights
-from generator.progress import Baselines, Progress, draw_sheet, write_report
+from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
 
@@ -80,7 +81,10 @@ class GeneratorTrainingConfig(LoopConfig):
 
 
 def train_generator(
-    training: GeneratorTrainingConfig, size: GeneratorConfig, detokenize: Callable[[Tensor], Tensor], command: str
+    training: GeneratorTrainingConfig,
+    size: GeneratorConfig,
+    detokenizer: Callable[[torch.device], Callable[[Tensor], Tensor]],
+    command: str,
 ) -> None:
     """Train a generator and write it to training.output_dir.
 
@@ -90,7 +94,7 @@ def train_generator(
     Args:
         training: settings.
         size: the model's; with training.init_from the default, or that model's.
-        detokenize: tokens (b k) -> images (b 3 H W) in [-1, 1], with the store's tokenizer.
+        detokenizer: given a device, the function tokens (b k) -> images (b 3 H W) in [-1, 1] of the store's tokenizer.
         command: as the user typed it, for the report.
 
     Raises:
@@ -111,7 +115,6 @@ def train_generator(
     output_dir = Path(training.output_dir)
     train_set = TokenDataset(store, "train", training.seed)
     val_set = TokenDataset(store, "val", None)
-    baselines = Baselines.of(train_set.counts(), val_set.counts())
     if training.init_from is None:
         llama = build_generator(size, layout)
     else:
@@ -128,9 +131,12 @@ def train_generator(
     seen = (1 + header.num_channels) / 2 if training.prefixes else header.num_channels  # tokens of a sequence, mean
     flops, parameters = flops_per_token(llama, seen), llama.num_parameters()
     loop = Loop(model, training, accelerator, {"size": asdict(size), "store": asdict(header)})
-    if accelerator.is_main_process and not (output_dir / "tokenizer").exists():
-        with folder_written_whole(output_dir / "tokenizer") as temporary:
-            shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
+    main = accelerator.is_main_process
+    # only the main process looks at the model; what it looks with need not take room elsewhere
+    baselines = Baselines.of(train_set.counts(), val_set.counts()) if main else None
+    detokenize = detokenizer(accelerator.device) if main else None
+    if main:
+        begin_folder(output_dir, store, training.resume, loop.step < training.steps)
     batches = DataLoader(
         train_set,
         batch_sampler=loop.sampler(len(train_set)),
@@ -146,7 +152,9 @@ def train_generator(
     )
     weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
     dtype = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    accelerator.wait_for_everyone()  # so that processes which share a processor measure what they then have of it
     peak = peak_of(accelerator.device, dtype)
+    all_flops = accelerator.reduce(torch.tensor(peak.flops, device=accelerator.device), "sum").item()
 
     def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         tokens = batch.tokens.to(accelerator.device, non_blocking=True)
@@ -163,6 +171,7 @@ def train_generator(
 
     @torch.no_grad()
     def evaluate(averaged: NextTokenNats, step: int) -> dict[str, Any]:
+        assert baselines is not None and detokenize is not None
         by_position = validation_nats(averaged, held_batches, accelerator)
         figures = baselines.beside(by_position)
         logger.info("step %d: validation %s", step, figures.line())
@@ -174,13 +183,17 @@ def train_generator(
 
     def speed(images_per_second: float) -> dict[str, float]:
         tokens = images_per_second * seen
-        return {"tokens_per_second": tokens, "mfu": tokens * flops / (peak.flops * accelerator.num_processes)}
+        return {"tokens_per_second": tokens, "mfu": tokens * flops / all_flops}
 
     def finish() -> None:
+        assert baselines is not None
+        timed = not math.isnan(loop.images_per_second)
+        if not timed and (output_dir / REPORT).exists():
+            return  # a finished run that was started once more
         progress = Progress(
             command=command,
             machine={**machine(accelerator.device), "processes": accelerator.num_processes, "dtype": dtype},
-            speed=speed(loop.images_per_second),
+            speed=speed(loop.images_per_second) if timed else None,
             peak=peak,
             flops_per_token=flops,
             parameters=parameters,
@@ -204,4 +217,16 @@ def validation_nats(model: NextTokenNats, batches: Any, accelerator: Accelerator
     for batch in tqdm(batches, desc="evaluation", leave=False):
         with accelerator.autocast():
             found.append(model(batch.labels.to(accelerator.device), batch.tokens.to(accelerator.device)))
-    return torch.cat(found).double().mean(0).cpu()
+    return torch.cat(found).cpu().double().mean(0)
+
+
+def begin_folder(output_dir: Path, store: TokenStore, resume: bool, unfinished: bool) -> None:
+    """Put the store's tokenizer beside the model to be, and take away what an earlier run said of its end."""
+    folder = output_dir / "tokenizer"
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)  # of a run that ended before its first checkpoint, perhaps with another tokenizer
+    if not folder.exists():
+        with folder_written_whole(folder) as temporary:
+            shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
+    if unfinished:
+        (output_dir / REPORT).unlink(missing_ok=True)

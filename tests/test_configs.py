@@ -79,7 +79,7 @@ def test_the_generators_configs_have_the_sizes_and_the_paper_s_recipe(name):
     paper = {"B": (4e-4, "none"), "L": (3e-4, "linear")}
     if name in paper:
         assert (training.learning_rate, training.position_weighting) == paper[name]
-    for world_size in (1, 2, 4, 8):
+    for world_size in (1, 2, 4, 8, 16):
         StepPlan(training, 0, world_size)
     first = (REPO / "configs" / f"generator-{name.lower()}.yaml").read_text().splitlines()[0]
     assert f"# {name}: {PARAMETERS[name]:,} parameters" in first

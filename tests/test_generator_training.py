@@ -68,7 +68,7 @@ def trained(token_store: Path, tmp_path_factory: pytest.TempPathFactory, tiny_to
     folder = tmp_path_factory.mktemp("trained") / "run"
     run = settings(token_store, folder, steps=400, batch_size=64, label_dropout=0.05, checkpoint_every=400)
     size = dataclasses.replace(SIZE, hidden_size=64, intermediate_size=128)
-    train_generator(run, size, tiny_tokenizer.detokenize, "train_ar.py --tokens store")
+    train_generator(run, size, lambda device: tiny_tokenizer.detokenize, "train_ar.py --tokens store")
     return folder
 
 
@@ -154,7 +154,7 @@ def test_label_dropout_has_its_share(
 
     monkeypatch.setattr(NextTokenNats, "forward", spy)
     run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=share)
-    train_generator(run, SIZE, tiny_tokenizer.detokenize, "")
+    train_generator(run, SIZE, lambda device: tiny_tokenizer.detokenize, "")
     labels = torch.cat(shown)
     assert len(labels) == 2560
     # 4 sigma of 2560 draws at 0.3

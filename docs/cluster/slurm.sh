@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# sbatch docs/cluster/slurm.sh: two machines of eight GPUs. A job whose time ends, or that is preempted, is sent SIGTERM two
-# minutes before, saves and ends; then the job is put in line again, and goes on from there.
+# sbatch docs/cluster/slurm.sh: two machines of eight GPUs. A job whose time ends is sent SIGTERM two minutes
+# before, saves and ends; then it is put in line again, and goes on from there. (One that is preempted as well, where the cluster has
+# PreemptParameters=send_user_signal and a GraceTime.)
 #SBATCH --job-name=channeltok
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +17,10 @@ RUN=runs/generator-l
 STARTED=$(mktemp)
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # the first start has nothing to go on from
-RESUME=$([ -d "$RUN/checkpoints" ] && echo --resume || true)
+RESUME=$(compgen -G "$RUN/checkpoints/step-*" > /dev/null && echo --resume || true)
+# how long the launcher waits for its processes to save; torch 2.15 can be told, 2.11 waits 30 seconds: let
+# checkpoints be frequent there
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 export HEAD RUN RESUME
 
 # the launcher runs once a machine; exec, so that signals reach it. A launcher that was told to end does not exit with 0.

@@ -72,7 +72,7 @@ def measure_training(subjects: Sequence[Subject], config: TrainSpeedConfig) -> T
     rows: list[Row] = []
     with torch.random.fork_rng(), logging_redirect_tqdm(), tqdm(unit="step") as bar:
         torch.manual_seed(config.seed)
-        probe = MatmulProbe(device=device, dtypes=dtypes)
+        probe = MatmulProbe(device=device, dtypes=dtypes, as_convolutions=False)
         probe.measure()
         for subject in subjects:
             bar.set_description(f"{subject.name}, building")
