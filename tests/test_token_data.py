@@ -49,6 +49,16 @@ def test_a_loader_gives_whole_batches(store: TokenStore, workers: int) -> None:
             assert found.tolist() in tokens[row].tolist()
 
 
+def test_a_worker_does_not_move_the_place_where_another_process_reads(store: TokenStore) -> None:
+    dataset = TokenDataset(store, "train", None)
+    dataset.__getitems__([(0, 0)])
+    place = dataset._files[0][0].tell()
+    assert place == 128 + 2 * C
+    loader = DataLoader(dataset, batch_sampler=[[(4, 0)]], num_workers=1, collate_fn=whole_batch)
+    assert [batch.tokens.tolist() for batch in loader] == [everything()[0][4:5, 0].tolist()]
+    assert dataset._files[0][0].tell() == place
+
+
 def test_files_that_are_open_are_bounded(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_data, "SHARDS_OPEN", 2)
     dataset, tokens = TokenDataset(store, "train", None), everything()[0]
