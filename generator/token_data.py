@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from common.errors import InputError
 from generator.tokens import TokenStore
@@ -125,7 +126,7 @@ class TokenDataset(Dataset[TokenBatch]):
         """How often each token stands at each position, over all views: (C, codebook_size) int64."""
         header = self.store.header
         found = np.zeros((header.num_channels, header.codebook_size), dtype=np.int64)
-        for shard in range(header.num_shards(self.split)):
+        for shard in tqdm(range(header.num_shards(self.split)), desc="tokens counted", delay=2, leave=False):
             self._check([shard])
             tokens = self.store.read_tokens(self.split, shard)
             for position, column in enumerate(np.ascontiguousarray(rearrange(tokens, "r v c -> c (r v)"))):
