@@ -12,7 +12,8 @@ CUDA = torch.device("cuda")
 class Measured:
     """Stands for a probe of a GPU that this machine does not have."""
 
-    def __init__(self, device: torch.device, dtypes: list[str], long_enough: float):
+    def __init__(self, device: torch.device, dtypes: list[str], long_enough: float, as_convolutions: bool):
+        assert not as_convolutions  # training rounds products of matrices as torch does by itself
         self.device, self.best = device, dict.fromkeys(dtypes, 7e12)
 
     peak = MatmulProbe.peak
