@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 @dataclass(kw_only=True)
-class Contender:
+class Contender(ABC):
     """One of the things that are compared, and what is known of it so far.
 
     `seconds`: of the runs that count; `memory`: bytes at the peak, None where it cannot be told; `error` says
@@ -35,18 +36,18 @@ class Contender:
     error: str | None = None
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """What messages call it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def settles(self) -> bool:
         """Whether its first run is unlike the others: it compiles."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self) -> Any:
         """Do once what is timed."""
-        raise NotImplementedError
 
     def held(self) -> int:
         """Bytes that count towards `memory` beside those that a run adds."""
