@@ -201,7 +201,9 @@ def test_sigkill_at_random_times_leaves_no_trace(
     checkpoints = folder / "checkpoints"
     for kill in range(2):
         wanted = 1 + 3 * kill + rng.randrange(3)  # of the six checkpoints
-        words = [*FLAGS, "--keep-checkpoints", 6, *(("--resume",) if kill else ())]
+        # killed while it wrote its first one, a run is begun anew
+        resume = ("--resume",) if list(checkpoints.glob("step-*")) else ()
+        words = [*FLAGS, "--keep-checkpoints", 6, *resume]
         run = scripts.start("train_ar.py", "--tokens", token_store, "--output-dir", folder, *words, before=SLOW_STEPS)
         # partial ones count: half of the kills come while one is written
         pattern = "*step-*" if rng.random() < 0.5 else "step-*"
