@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -287,6 +288,14 @@ training.Loop._evaluate_if_due = told
     done = train(tmp_path / "run", "--resume")
     assert "resumed at step 0 of 12" in done.err
     same(tmp_path / "run", unbroken)
+
+
+def test_the_mfu_of_the_report_is_its_other_figures_put_together(unbroken: Path) -> None:
+    line = next(line for line in (unbroken / "report.md").read_text().splitlines() if "MFU" in line)
+    found = re.search(r"([\d,]+) tokens/s .* MFU ([\d.]+)% \(([\d.e+]+) operations a token; ([\d.e+-]+) TFLOP/s", line)
+    assert found is not None, line
+    tokens, mfu, flops, peak = (float(figure.replace(",", "")) for figure in found.groups())
+    assert mfu / 100 == pytest.approx(tokens * flops / (peak * 1e12), abs=0.001)
 
 
 def test_a_finished_run_keeps_its_report_until_it_goes_on(train: Train, unbroken: Path, tmp_path: Path) -> None:
