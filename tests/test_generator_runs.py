@@ -360,6 +360,10 @@ def test_workers_leave_a_signal_to_all_processes_to_the_trainer(
     assert workers
     for worker in workers:
         os.kill(worker, signal.SIGTERM)
+    # the trainer is told later: one that lost its workers would not come so far
+    while not (folder / "checkpoints" / "step-00000006").exists():
+        assert run.poll() is None
+        time.sleep(0.005)
     run.kill(signal.SIGTERM)
     done = run.wait(60)
     assert done.code == 0, done.err
