@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from common import cli, runtime
 from common.checkpoint import fingerprint, resolve_folder
+from common.classifier import ClassifierConfig
 from common.errors import InputError
 from generator.config import GENERATOR_SIZES, TokenLayout
 from generator.model import build_generator, load_generator, load_layout
@@ -22,6 +23,8 @@ from generator.trainspeed import TrainSpeedConfig, measure_training
 from generator.trainspeed import write_report as write_train_speed
 from generator.trainspeed.config import SIZES
 from tokenizer import ChannelTokenizer
+from tokenizer.classifier import ClassifierTrainingConfig, train_classifier
+from tokenizer.data import AugmentationConfig
 from tokenizer.decoding import PictureDecoder
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
 from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction
@@ -203,6 +206,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
     "speed --train": (train_speed, (TrainSpeedConfig,)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
+    "features": (train_classifier, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),
 }
 
 

@@ -105,16 +105,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as one safetensors file, whole or not at all."""
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, whole or not at all; `metadata` goes into its header."""
     with written_whole(path) as temporary, _disk_errors():
-        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary)
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU; a missing or damaged one is an `InputError`."""
     _check_safetensors(Path(path))
     return load_file(path)
+
+
+def load_tensors_metadata(path: str | Path) -> dict[str, str]:
+    """What stands in the header of a safetensors file, beside its tensors; empty if nothing does."""
+    _check_safetensors(Path(path))
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _check_safetensors(path: Path) -> None:

@@ -1,19 +1,29 @@
-"""Fréchet distance between two sets of pictures, as an Inception network sees them (arXiv 1706.08500).
+"""How pictures look to a network, and how alike two sets of them are; the one place that knows torch-fidelity.
 
-The network and its weights are torch-fidelity's: InceptionV3 as it was first published, layer 2048, pictures resized
-to 299 x 299 as TensorFlow 1 did it. So figures can be compared with those of other work that uses it.
+The network is InceptionV3 as it was first published, layer 2048, pictures resized to 299 x 299 as TensorFlow 1 did it:
+so figures can be compared with those of other work that uses it. Where its weights cannot be had, a small classifier
+(`common.classifier`) takes its place, registered with torch-fidelity under the name `CLASSIFIER`.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import as_torch_file, load_foreign_state
+from common.checkpoint import as_torch_file, fingerprint, load_foreign_state
+from common.classifier import PictureClassifier
 from common.errors import InputError
 
-FEATURES = 2048  # numbers that stand for a picture
+FEATURES = 2048  # numbers by which Inception stands for a picture
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+CLASSIFIER = "channeltok-classifier"
+# what a set needs: InceptionV3's score has 10 splits, and a neighbourhood of precision and recall 3 others
+FEWEST = 10
+NEIGHBOURS = 3
+KID_SUBSET, KID_SUBSETS = 1000, 100
+ROWS_AT_ONCE = 1000  # of the table of distances that precision and recall look through
 
 
 def _downloaded_weights() -> Path:
@@ -30,118 +40,163 @@ def _downloaded_weights() -> Path:
     except (OSError, RuntimeError) as error:  # no network, or not the bytes that were published
         raise InputError(
             f"the Inception weights cannot be downloaded ({error}); give a copy of {path.name} with "
-            "--inception-weights, or --inception none"
+            "--inception-weights, or do without Inception (--inception none, or --features FILE)"
         ) from error
     return path
 
 
+def _inception(weights: str | Path | None) -> Any:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = _downloaded_weights() if weights is None else Path(weights)
+    # torch-fidelity unpickles whatever a file holds, so it only ever sees one that was made here, of tensors
+    with as_torch_file(load_foreign_state(path)) as checked:
+        try:
+            return FeatureExtractorInceptionV3("inception", [str(FEATURES), "logits_unbiased"], str(checked))
+        except RuntimeError as error:
+            raise InputError(
+                f"{path} holds no InceptionV3 of torch-fidelity (its weights are missing, unknown or misshapen); "
+                "give weights-inception-2015-12-05-6726825d.pth"
+            ) from error
+
+
+@functools.cache
+def register_classifier() -> type:
+    """Make `PictureClassifier` known to torch-fidelity as feature extractor `CLASSIFIER`; its weights are a path.
+
+    Its features are "pooled", which distances compare, and "logits", for the score.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import register_feature_extractor
+
+    class ClassifierFeatures(FeatureExtractorBase):
+        def __init__(
+            self,
+            name: str,
+            features_list: list[str],
+            feature_extractor_weights_path: str | None = None,
+            **options: object,
+        ):
+            super().__init__(name, features_list)
+            if feature_extractor_weights_path is None:
+                raise InputError(f"{CLASSIFIER} comes with no weights; give feature_extractor_weights_path")
+            self.classifier = PictureClassifier.load(feature_extractor_weights_path)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return "pooled", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "logits" if metric == "isc" else "pooled"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            pooled = self.classifier.features(self.classifier.prepare(images))
+            found = {"pooled": pooled, "logits": self.classifier.head(pooled)}
+            return tuple(found[name] for name in self.features_list)
+
+    register_feature_extractor(CLASSIFIER, ClassifierFeatures)
+    return ClassifierFeatures
+
+
 class FeatureExtractor:
-    """Pictures to the feature vectors whose distribution the distance compares; frozen, in float32.
+    """Pictures to the vectors whose distributions are compared; frozen, in float32.
+
+    Attributes: `name` says which network, as reports print it; `is_inception`; `dimensions` of a vector; `fingerprint`
+    of the weights; `class_names` of the classifier, None of Inception.
 
     Args:
         weights: a file of torch-fidelity's InceptionV3 (`weights-inception-2015-12-05-6726825d.pth`, or the same
             as .safetensors); None takes torch's cached copy, or downloads it there.
         device: where to compute.
+        classifier: in its place a file that `benchmark.py features` wrote.
 
     Raises:
         InputError: weights that cannot be had, or a file that does not hold them or holds more than tensors.
     """
 
-    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
-        # takes seconds, and only this class needs it
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        path = _downloaded_weights() if weights is None else Path(weights)
-        # torch-fidelity unpickles whatever a file holds, so it only ever sees one that was made here, of tensors
-        with as_torch_file(load_foreign_state(path)) as checked:
-            try:
-                network = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(checked))
-            except RuntimeError as error:
-                raise InputError(
-                    f"{path} holds no InceptionV3 of torch-fidelity (its weights are missing, unknown or misshapen); "
-                    "give weights-inception-2015-12-05-6726825d.pth"
-                ) from error
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        classifier: str | Path | None = None,
+    ):
+        self.is_inception = classifier is None
+        self.class_names: list[str] | None = None
+        if classifier is None:
+            network: Any = _inception(weights)
+            self.name, self.dimensions = "Inception", FEATURES
+        else:
+            # takes seconds, and only this class needs it
+            network = register_classifier()(CLASSIFIER, ["pooled", "logits"], str(classifier))
+            self.name, self.dimensions = "demo features", network.classifier.head.in_features
+            self.class_names = list(network.classifier.class_names)
+        self.fingerprint = fingerprint(network)
         self.device = torch.device(device)
-        self._network = network.to(self.device)
+        self._network = network.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures (b 3 H W) uint8 of any size -> features (b 2048) float32, on the extractor's device."""
-        features: Tensor = self._network(images.to(self.device))[0]
-        return features
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (b 3 H W) uint8 of any size -> features (b d) and logits (b c), float32, on the extractor's device.
 
-
-class RunningStatistics:
-    """Mean and covariance of vectors that are seen piece by piece and not kept; in float64.
-
-    Pieces may have any size and come in any order, and statistics of parts can be merged: all of it changes the result
-    in the last digits only. (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm, 1979.)
-
-    Args:
-        dimensions: d, numbers in a vector.
-        device: where to keep and compute them; it must know float64, which Apple's MPS does not.
-    """
-
-    def __init__(self, dimensions: int = FEATURES, device: torch.device | str = "cpu"):
-        self.count = 0
-        self.mean = torch.zeros(dimensions, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)  # (count - 1) covariance
-        self._factor: Tensor | None = None
-
-    def update(self, vectors: Tensor) -> None:
-        """Take in vectors (n d), n at least 0, of any real type and on any device."""
-        vectors = vectors.to(self.mean.device).double()
-        if len(vectors):
-            mean = vectors.mean(0)
-            centred = vectors - mean
-            self._combine(len(vectors), mean, centred.T @ centred)
-
-    def merge(self, other: "RunningStatistics") -> None:
-        """Take in what another one has seen, for example in another process."""
-        if other.count:
-            self._combine(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
-
-    def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        shift = mean - self.mean
-        self.mean += shift * (count / total)
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.count = total
-        self._factor = None
-
-    @property
-    def covariance(self) -> Tensor:
-        """(d d) float64, of rank count - 1 at most; divided by count - 1.
-
-        Raises:
-            InputError: fewer than 2 vectors have been seen.
+        Logits are Inception's without bias, as its score is computed from.
         """
-        if self.count < 2:
-            raise InputError(f"a covariance needs at least 2 pictures; there is {self.count or 'none'}")
-        return self.scatter / (self.count - 1)
+        features, logits = self._network(images.to(self.device))
+        return features, logits
 
-    def factor(self) -> Tensor:
-        """F (d r) with F F^T the covariance and r its rank; kept until more is seen."""
-        if self._factor is None:
-            covariance = self.covariance
-            values, vectors = torch.linalg.eigh(covariance)
-            # what rounding leaves of a zero must not survive the root, which makes 1e-8 of 1e-16
-            real = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-            self._factor = vectors[:, real] * values[real].sqrt()
-        return self._factor
+    def __call__(self, images: Tensor) -> Tensor:
+        """As `see`, the features alone."""
+        return self.see(images)[0]
 
 
-def frechet_distance(first: RunningStatistics, second: RunningStatistics) -> float:
-    """Squared Fréchet distance of two normal distributions: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+def score_of_logits(logits: Tensor) -> float:
+    """Inception score (Salimans et al., arXiv 1606.03498) of logits (n c), n at least 10: mean of 10 random splits."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    With C = F F^T, the trace of the root is the sum of the singular values of F1^T F2. Unlike roots of the eigenvalues
-    of C1 C2, that stays exact to rounding where a covariance has less than full rank, as it has for fewer pictures
-    than dimensions (docs/reconstruction.md compares the two). Equal sets are 0 but for rounding, to either side.
+    return float(isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN])
 
-    Raises:
-        InputError: one of them has seen fewer than 2 vectors.
+
+def kid_subset(samples: int, reference: int) -> int:
+    """Vectors in each subset of the kernel distance: 1,000, or as many as both sets have."""
+    return min(KID_SUBSET, samples, reference)
+
+
+def kernel_distance(samples: Tensor, reference: Tensor) -> float:
+    """KID (Binkowski et al., arXiv 1801.01401) of features (n d), (m d): mean over 100 random subsets of both.
+
+    The squared maximum mean discrepancy with kernel (x y / d + 1)^3, unbiased, so that it may fall below 0; in float64.
     """
-    shift = first.mean - second.mean.to(first.mean.device)
-    one, other = first.factor(), second.factor().to(first.mean.device)
-    common = torch.linalg.svdvals(one.T @ other).sum()
-    return float(shift.square().sum() + one.square().sum() + other.square().sum() - 2 * common)
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    found = kid_features_to_metric(
+        samples.double(),
+        reference.double(),
+        kid_subset_size=kid_subset(len(samples), len(reference)),
+        kid_subsets=KID_SUBSETS,
+        verbose=False,
+    )
+    return float(found[KEY_METRIC_KID_MEAN])
+
+
+def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features (n d), (m d); n, m above 3.
+
+    Precision: the share of samples that lie within reach of some reference picture, its reach being the distance to its
+    third neighbour among the reference; recall the same with the sets exchanged. In float64, on the features' device.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    found = prc_features_to_metric(
+        samples.double(),
+        reference.double(),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=ROWS_AT_ONCE,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])

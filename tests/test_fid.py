@@ -15,7 +15,8 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from common import fid
 from common.checkpoint import load_foreign_state, load_tensors, save_tensors
 from common.errors import InputError
-from common.fid import FeatureExtractor, RunningStatistics, frechet_distance
+from common.fid import FeatureExtractor
+from common.frechet import RunningStatistics, frechet_distance
 
 Features = npt.NDArray[np.float64]
 MARK = "was-run"

@@ -13,7 +13,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint
 from common.errors import InputError
-from common.fid import FEATURES, FeatureExtractor, RunningStatistics, frechet_distance
+from common.fid import FEATURES, FeatureExtractor
+from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
 from common.runtime import move, pick_device, pick_dtype
 from tokenizer.data import UnreadableFiles, spread

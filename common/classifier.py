@@ -1,0 +1,124 @@
+"""A small classifier of photographs; its features stand in for Inception's where those cannot be had.
+
+A residual network (He et al., arXiv 1512.03385) with GroupNorm, so that what it says of a picture depends on that
+picture alone. `benchmark.py features` trains one.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
+from common.errors import InputError
+from common.images import to_float
+
+GROUPS = 8  # of GroupNorm
+KIND = "channeltok-classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
+
+    classifier_size: int = field(default=64, metadata={"help": "pixels of a side that pictures are resized to"})
+    widths: list[int] = field(
+        default_factory=lambda: [32, 64, 128, 256], metadata={"help": "channels of each block; the last are features"}
+    )
+
+    def __post_init__(self) -> None:
+        smallest = 2 ** len(self.widths)
+        if not self.widths or any(width < 1 or width % GROUPS for width in self.widths):
+            raise InputError(f"widths is {self.widths}; give one or more multiples of {GROUPS}")
+        if self.classifier_size < 1 or self.classifier_size % smallest:
+            raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
+
+
+class _Block(nn.Module):
+    """(b i h w) -> (b o h/stride w/stride), after an activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(GROUPS, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        nn.init.zeros_(self.norm2.weight)  # a fresh block passes on what it gets
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+        self.stride = stride
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inner = F.silu(self.norm1(self.conv1(maps)))
+        inner = self.norm2(self.conv2(inner))
+        beside = F.avg_pool2d(maps, self.stride) if self.stride > 1 else maps
+        return F.silu(inner + self.shortcut(beside))
+
+
+class PictureClassifier(nn.Module):
+    """Class logits of pictures, and the feature maps on the way there.
+
+    Args:
+        config: the network.
+        class_names: a name for each class, in the order of the labels.
+    """
+
+    def __init__(self, config: ClassifierConfig, class_names: list[str]):
+        super().__init__()
+        self.config, self.class_names = config, class_names
+        widths = config.widths
+        self.stem = nn.Conv2d(3, widths[0], 4, 2, 1)
+        inputs = [widths[0], *widths[:-1]]
+        strides = [1] + [2] * (len(widths) - 1)
+        self.blocks = nn.ModuleList(map(_Block, inputs, widths, strides))
+        self.head = nn.Linear(widths[-1], len(class_names))
+        nn.init.zeros_(self.head.weight)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Pictures (b 3 H W) in [-1, 1], H = W = classifier_size -> a feature map (b c h w) of each block."""
+        found = [self.stem(images)]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found[1:]
+
+    def features(self, images: Tensor) -> Tensor:
+        """As `maps` -> (b widths[-1]), the last map's mean over places."""
+        return self.maps(images)[-1].mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (b 3 H W) in [-1, 1] -> logits (b classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Pictures (b 3 H W) uint8 of any size -> float32 in [-1, 1], resized (bilinear, antialiased) if need be."""
+        size = self.config.classifier_size
+        floats = to_float(images)
+        if images.shape[-2:] == (size, size):
+            return floats
+        return F.interpolate(floats, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, weights in bfloat16; network and class names stand in its header."""
+        about = {"kind": KIND, "config": json.dumps(asdict(self.config)), "class_names": json.dumps(self.class_names)}
+        save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; frozen, in evaluation mode, float32.
+
+        Raises:
+            InputError: no such file, or not one of ours.
+        """
+        about = load_tensors_metadata(path)
+        if about.get("kind") != KIND:
+            raise InputError(f"{path} holds no classifier; give a file that `benchmark.py features` wrote")
+        try:
+            model = cls(ClassifierConfig(**json.loads(about["config"])), json.loads(about["class_names"]))
+            model.load_state_dict({k: v.float() for k, v in load_tensors(path).items()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is no whole classifier ({error}); copy or train it again") from error
+        return model.eval().requires_grad_(False)
