@@ -1,10 +1,13 @@
-"""Measure speed (of drawing; with --tokenizer alone of a tokenizer; with --train of training), or reconstruction.
+"""Measure samples (fid), reconstructions (reconstruction) or speed, or train the network that looks (features).
 
-`benchmark.py speed --help`, `speed --train --help` and `reconstruction --help` tell the flags of each.
+`speed` is that of drawing; with `--tokenizer` alone that of a tokenizer, with `--train` that of training. `features`
+trains the small classifier that stands in for Inception where its weights cannot be had. `benchmark.py fid --help`,
+`speed --train --help` and so on tell the flags of each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +18,12 @@ from common import cli, runtime
 from common.checkpoint import fingerprint, resolve_folder
 from common.classifier import ClassifierConfig
 from common.errors import InputError
+from common.processes import team
 from generator.config import GENERATOR_SIZES, TokenLayout
 from generator.model import build_generator, load_generator, load_layout
+from generator.quality import QualityConfig, measure_quality, open_subject, sweep_quality
+from generator.quality import write_report as write_quality
+from generator.sampling import SamplingConfig
 from generator.speed import SpeedConfig, Subject, measure_speed, write_report
 from generator.trainspeed import Subject as TrainSubject
 from generator.trainspeed import TrainSpeedConfig, measure_training
@@ -34,6 +41,7 @@ from tokenizer.throughput import VARIANTS, ThroughputConfig, measure_throughput
 from tokenizer.throughput import write_report as write_throughput
 from tokenizer.throughput.config import MAX_SECONDS
 
+PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
 RANDOM_WEIGHTS = "random weights"
@@ -202,9 +210,22 @@ def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     write_reconstruction_report(measure_reconstruction(tokenizer, data, config), config.output_dir, cli.command_line())
 
 
+def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
+    """Measure one setting or many, and write; in one process or those that `accelerate launch` started."""
+    with team(config.device, PATIENCE) as workers:
+        if config.sweep is not None:
+            sweep_quality(partial(open_subject, config, workers), sampling, config, workers, cli.command_line())
+            return
+        subject = open_subject(config, workers)
+        results = measure_quality(subject, sampling, config, workers)
+        if results is not None:
+            write_quality(results, subject, config, cli.command_line())
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
     "speed --train": (train_speed, (TrainSpeedConfig,)),
+    "fid": (fid, (QualityConfig, SamplingConfig)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
     "features": (train_classifier, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),
 }

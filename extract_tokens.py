@@ -1,22 +1,18 @@
 """Turn images into a token store with a trained tokenizer, or check one with --verify alone: see docs/training.md."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import cli, runtime
 from common.checkpoint import fingerprint, folder_written_whole, read_json, save_pretrained_whole
 from common.errors import InputError
+from common.processes import Team, team
 from generator.tokens import StoreHeader, TokenStore
 from generator.verification import describe, verify
 from tokenizer import ChannelTokenizer
@@ -62,30 +58,6 @@ class ExtractionConfig:
             raise InputError("batch_size and shard_size must be at least 1, num_workers at least 0")
 
 
-@contextmanager
-def processes(name: str) -> Iterator[tuple[PartialState, torch.device]]:
-    """The processes that a launcher started, this one at least, and the device that this one takes."""
-    device = runtime.pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else name)
-    # accelerate knows the processes of CUDA devices; those of any other device meet as those of the CPU do
-    state = PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
-    if state.num_processes > 1 and device.type == "cuda":
-        if device.index is not None:
-            raise InputError(f"device is {name!r}, one GPU for {state.num_processes} processes; leave --device away")
-        device = state.device
-    yield state, device
-    state.destroy_process_group()
-
-
-def wait(state: PartialState) -> None:
-    """Wait until every process has come here."""
-    try:
-        state.wait_for_everyone()
-    except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or "onnection" in str(error)):
-            raise
-        raise InputError("another process has ended before its time; its own message tells why") from error
-
-
 def check(folder: str) -> None:
     """Tell what a store holds and what is wrong with it."""
     store = TokenStore(folder, TokenStore.peek(folder))
@@ -122,11 +94,11 @@ def main() -> None:
         check(folder)
         return
     config, data = cli.parse(ExtractionConfig, DataConfig, description=__doc__)
-    with processes(config.device) as (state, device):
-        extract(config, data, state, device)
+    with team(config.device, PATIENCE) as workers:
+        extract(config, data, workers)
 
 
-def extract(config: ExtractionConfig, data: DataConfig, state: PartialState, device: torch.device) -> None:
+def extract(config: ExtractionConfig, data: DataConfig, workers: Team) -> None:
     """Write the shards that are missing, of those that fall to this process."""
     sources = {split: open_source(data, split) for split in SPLITS}
     train, val = sources["train"], sources["val"]
@@ -144,16 +116,16 @@ def extract(config: ExtractionConfig, data: DataConfig, state: PartialState, dev
         split_files={split: len(source) for split, source in sources.items()},
         listings={split: source.fingerprint() for split, source in sources.items()},
     )
-    store = TokenStore.create(config.output_dir, header, write=state.is_main_process)
-    if state.is_main_process and not store.tokenizer_folder.exists():
+    store = TokenStore.create(config.output_dir, header, write=workers.is_main)
+    if workers.is_main and not store.tokenizer_folder.exists():
         with folder_written_whole(store.tokenizer_folder) as temporary:
             save_pretrained_whole(tokenizer, temporary)
-    wait(state)
-    runtime.move(tokenizer, device)
+    workers.wait()
+    runtime.move(tokenizer, workers.device)
     unreadable = UnreadableFiles(config.strict)
     # dealt out before looking which are there: what one process has written in the meantime moves nothing to another
-    own = header.shards()[state.process_index :: state.num_processes]
-    for split, shard in tqdm(own, unit="shard", disable=not state.is_main_process):
+    own = header.shards()[workers.index :: workers.count]
+    for split, shard in tqdm(own, unit="shard", disable=not workers.is_main):
         if store.has_shard(split, shard):
             continue
         tokens, labels, left_out = tokenize_files(
@@ -166,8 +138,8 @@ def extract(config: ExtractionConfig, data: DataConfig, state: PartialState, dev
             unreadable=unreadable,
         )
         store.write_shard(split, shard, tokens, labels, left_out)
-    wait(state)
-    if state.is_main_process:
+    workers.wait()
+    if workers.is_main:
         logger.info("%s: complete, %d unreadable files left out", Path(config.output_dir), len(store.left_out()))
 
 

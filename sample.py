@@ -1,8 +1,8 @@
 """Draw pictures of classes, one latent channel at a time: see `--help`; with no flags, a few classes at growing k."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common import cli, runtime
 from common.errors import InputError
@@ -13,6 +13,7 @@ from generator.session import DrawingRequest, draw_to_folder
 
 DEMO_MODEL = str(Path(__file__).parent / "weights" / "demo")
 SHOWN_CLASSES = 6
+SamplingFlags = cli.unset(SamplingConfig, "default: the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class SampleConfig:
             raise InputError("seed and samples_per_class do not go with continue_from: the drawing has them")
 
 
-def fresh_request(config: SampleConfig, sampling: SamplingConfig, pipeline: ChannelTokPipeline) -> DrawingRequest:
+def fresh_request(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline) -> DrawingRequest:
     """A request for new drawings, from class labels or a few classes at growing k."""
     layout = pipeline.layout
     labels = [*(config.class_labels or []), *pipeline.class_labels(config.class_names or [])]
@@ -80,6 +81,7 @@ def fresh_request(config: SampleConfig, sampling: SamplingConfig, pipeline: Chan
         longest = max(config.num_tokens or [layout.num_channels])
         previews = previews or [k for k in (1, 4, 16, 32, 64, 128) if k < longest]
     labels = [label for label in labels for _ in range(config.samples_per_class)]
+    num_tokens = counts(config.num_tokens, len(labels), layout.num_channels)
     prefix = None
     if config.prefix_image is not None:
         prefix = pipeline.prefix_of(config.prefix_image, config.prefix_tokens).expand(len(labels), -1)
@@ -87,8 +89,8 @@ def fresh_request(config: SampleConfig, sampling: SamplingConfig, pipeline: Chan
         class_labels=labels,
         seeds=[config.seed + i for i in range(len(labels))],
         rows=list(range(len(labels))),
-        num_tokens=counts(config.num_tokens, len(labels), layout.num_channels),
-        sampling=sampling,
+        num_tokens=num_tokens,
+        sampling=pipeline.sampling(max(num_tokens), **given),
         batch_size=config.batch_size,
         previews=previews,
         prefix=prefix,
@@ -109,7 +111,7 @@ def counts(num_tokens: list[int] | None, images: int, default: int) -> list[int]
 
 
 def continued_request(
-    config: SampleConfig, sampling: SamplingConfig, pipeline: ChannelTokPipeline, drawing: Drawing
+    config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline, drawing: Drawing
 ) -> DrawingRequest:
     """A request that goes on with rows of a drawing, with its own settings unless others are given."""
     rows = list(range(len(drawing.seeds))) if config.rows is None else config.rows
@@ -124,7 +126,7 @@ def continued_request(
         seeds=chosen.seeds,
         rows=rows,
         num_tokens=num_tokens,
-        sampling=drawing.sampling if sampling == SamplingConfig() else sampling,
+        sampling=replace(drawing.sampling, **given),
         batch_size=config.batch_size,
         previews=config.previews or [],
         prefix=chosen.tokens,
@@ -137,17 +139,19 @@ def continued_request(
 def main() -> None:
     """Parse, load, draw."""
     runtime.set_up_logging()
-    config, sampling = cli.parse(SampleConfig, SamplingConfig, description=__doc__)
+    config, flags = cli.parse(SampleConfig, SamplingFlags, description=__doc__)
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    SamplingConfig(**given)  # what is wrong with them alone is told before a model is loaded
     pipeline = ChannelTokPipeline.from_pretrained(
         config.model, config.device, runtime.pick_dtype(config.dtype), compile=config.compile
     )
     if config.continue_from is None:
-        draw_to_folder(pipeline, fresh_request(config, sampling, pipeline), config.output_dir)
+        draw_to_folder(pipeline, fresh_request(config, given, pipeline), config.output_dir)
         return
     path = Path(config.continue_from)
     drawing = Drawing.load(path)
     drawing.check(path, pipeline.layout, pipeline.fingerprint)
-    request = continued_request(config, sampling, pipeline, drawing)
+    request = continued_request(config, given, pipeline, drawing)
     draw_to_folder(pipeline, request, config.output_dir, drawing, path)
 
 

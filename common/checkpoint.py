@@ -117,6 +117,16 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def load_tensor(path: str | Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file, and nothing else of it; KeyError if there is none of that name."""
+    _check_safetensors(Path(path))
+    with safe_open(path, "pt") as file:
+        if name not in file.keys():  # noqa: SIM118 - it is no dictionary
+            raise KeyError(name)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
 def load_tensors_metadata(path: str | Path) -> dict[str, str]:
     """What stands in the header of a safetensors file, beside its tensors; empty if nothing does."""
     _check_safetensors(Path(path))

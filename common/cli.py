@@ -7,6 +7,7 @@ import errno
 import logging
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +44,21 @@ def _flag_fields(kind: type) -> type:
             new = dataclasses.field(default=field.default, metadata=field.metadata)
         fresh.append((field.name, field.type, new))
     return dataclasses.make_dataclass(kind.__name__, fresh, kw_only=True)
+
+
+def unset(kind: type, otherwise: str) -> type:
+    """A dataclass with the fields of another, each None unless it is given on the command line.
+
+    Args:
+        kind: a dataclass.
+        otherwise: what happens to a field that is not given, for --help.
+    """
+    hints = typing.get_type_hints(kind)
+    fresh: list[Any] = []
+    for field in dataclasses.fields(kind):
+        metadata = {"help": f"{field.metadata['help']}; {otherwise}"}
+        fresh.append((field.name, hints[field.name] | None, dataclasses.field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass(f"{kind.__name__}Flags", fresh, kw_only=True, frozen=True)
 
 
 def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Fréchet distance between two sets of vectors, of which sums alone are kept (Heusel et al., arXiv 1706.08500)."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,14 @@ class RunningStatistics:
         self.mean = torch.zeros(dimensions, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)  # (count - 1) covariance
         self._factor: Tensor | None = None
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> Self:
+        """Of a mean (d,) and a covariance (d d) that were taken elsewhere, of an unknown number of vectors."""
+        found = cls(len(mean), mean.device)
+        # with a count of 2 the scatter is the covariance
+        found.count, found.mean, found.scatter = 2, mean.double(), covariance.double()
+        return found
 
     def update(self, vectors: Tensor) -> None:
         """Take in vectors (n d), n at least 0, of any real type and on any device."""

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, ModuleType, TracebackType
@@ -34,9 +34,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"cpu": name, "gpu": gpu, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a measurement depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions(others: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python and of the packages that a measurement depends on; `others` are those that not all do."""
+    return {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *others)}}
 
 
 def held_bytes(*holders: object) -> int:

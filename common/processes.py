@@ -1,12 +1,15 @@
 """The processes of a run, as accelerate starts them: their set-up, sharded tensors made whole, a vote to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
@@ -126,3 +129,55 @@ class Peers:
         """Wait for all, also where the main process has something long to do."""
         if self._waits is not None:
             dist.all_reduce(torch.zeros(()), group=self._waits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """The processes that share out work without training: this one is `index` of `count`, and has `device`."""
+
+    index: int
+    count: int
+    device: torch.device
+    _state: PartialState
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what there is one of."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until every process has come here.
+
+        Raises:
+            InputError: one of them has ended.
+        """
+        try:
+            self._state.wait_for_everyone()
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+                raise
+            raise InputError("another process has ended before its time; its own message tells why") from error
+
+
+@contextmanager
+def team(device_name: str, patience: timedelta) -> Iterator[Team]:
+    """The processes that a launcher started, this one at least.
+
+    Args:
+        device_name: auto, cpu, cuda, cuda:1 or mps.
+        patience: how long one may wait for another.
+
+    Raises:
+        InputError: one GPU named for several processes.
+    """
+    device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else device_name)
+    # accelerate knows the processes of CUDA devices; those of any other device meet as those of the CPU do
+    state = PartialState(cpu=device.type != "cuda", timeout=patience)
+    if state.num_processes > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise InputError(
+                f"device is {device_name!r}, one GPU for {state.num_processes} processes; leave --device away"
+            )
+        device = state.device
+    yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
+    state.destroy_process_group()

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from generator.engine import Engine
 from generator.generate import Step, stream
 from generator.model import load_generator
 from generator.sampling import SamplingConfig
+from generator.settings import ModelSettings
 from generator.stopping import Deadline, StopRule, WhenStable, check_deadline, waiter
 from tokenizer import ChannelTokenizer
 from tokenizer.decoding import PendingPictures, PictureDecoder
@@ -97,9 +98,16 @@ class ChannelTokPipeline:
         pipe([3, 7], num_tokens=32, seed=0).images[0].save("out.png")
     """
 
-    def __init__(self, tokenizer: ChannelTokenizer, engine: Engine, pictures: PictureDecoder, model_fingerprint: str):
+    def __init__(
+        self,
+        tokenizer: ChannelTokenizer,
+        engine: Engine,
+        pictures: PictureDecoder,
+        model_fingerprint: str,
+        settings: ModelSettings,
+    ):
         self.tokenizer, self.engine, self.pictures = tokenizer, engine, pictures
-        self.fingerprint = model_fingerprint
+        self.fingerprint, self.settings = model_fingerprint, settings
 
     @property
     def layout(self) -> TokenLayout:
@@ -143,7 +151,23 @@ class ChannelTokPipeline:
         model_fingerprint = f"{made_by}-{files_fingerprint(folder / 'generator')}"
         engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
         tokenizer = move(tokenizer, target)
-        return cls(tokenizer, engine, PictureDecoder(tokenizer, compile=compile), model_fingerprint)
+        settings = ModelSettings.load(folder / "generator")
+        return cls(tokenizer, engine, PictureDecoder(tokenizer, compile=compile), model_fingerprint, settings)
+
+    def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:
+        """How tokens are drawn: what is given, and for all else the model's own settings for drawings of k tokens.
+
+        Args:
+            num_tokens: k; None: all C.
+            given: fields of `SamplingConfig`; if one of guidance is given (cfg_...), so are the others, as plain ones.
+
+        Raises:
+            InputError: a value that is not allowed.
+        """
+        own = asdict(self.settings.of(self.layout.num_channels if num_tokens is None else num_tokens))
+        if any(name.startswith("cfg_") for name in given):
+            own = {name: value for name, value in own.items() if not name.startswith("cfg_")}
+        return SamplingConfig(**own | given)
 
     def class_labels(self, names: Sequence[str]) -> list[int]:
         """Labels of classes by name: the whole name, or any part of it between commas; case does not matter.
@@ -202,12 +226,13 @@ class ChannelTokPipeline:
             deadline: seconds from this call in which the pictures are to be finished, decoding included.
             stop_when_stable: grey levels; see `stopping.WhenStable`.
             scored: whether steps carry the log-likelihood.
-            sampling: the fields of `SamplingConfig`: temperature, top_k, top_p, cfg_scale, ...
+            sampling: the fields of `SamplingConfig`: temperature, top_k, top_p, cfg_scale, ... What is not given is
+                the model's own for all C, whatever num_tokens is, so that a prefix stays one.
 
         Raises:
             InputError: an argument out of its range, at the call.
         """
-        config = SamplingConfig(**sampling)
+        config = self.sampling(**sampling)
         if isinstance(seed, int | np.integer):
             seeds = [int(seed) + i for i in range(len(class_labels))]
         else:

@@ -1,0 +1,56 @@
+"""The settings that a model is best drawn with, for each k: sampling.json beside its weights."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import read_json, write_text
+from common.errors import InputError
+from generator.sampling import SamplingConfig
+
+SETTINGS_FILE = "sampling.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What a drawing uses where its user says nothing.
+
+    by_num_tokens: for some k the settings that were found best there; empty: the plain ones everywhere.
+    measured: how they were found, for people to read; JSON values.
+    """
+
+    by_num_tokens: dict[int, SamplingConfig]
+    measured: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModelSettings":
+        """Read a generator's folder; without the file, plain settings.
+
+        Raises:
+            InputError: a file that is damaged, or holds settings that are not allowed.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.is_file():
+            return cls(by_num_tokens={}, measured={})
+        content = read_json(path)
+        try:
+            found = {int(k): SamplingConfig(**settings) for k, settings in content["by_num_tokens"].items()}
+            return cls(by_num_tokens=found, measured=dict(content["measured"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} holds no settings ({error}); remove it, or measure again") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file, whole."""
+        content = {
+            "by_num_tokens": {str(k): asdict(self.by_num_tokens[k]) for k in sorted(self.by_num_tokens)},
+            "measured": self.measured,
+        }
+        write_text(Path(folder) / SETTINGS_FILE, json.dumps(content, indent=1))
+
+    def of(self, num_tokens: int) -> SamplingConfig:
+        """For a drawing that ends at k: the settings of the least k from there up that has some; else of the last."""
+        there = sorted(self.by_num_tokens)
+        if not there:
+            return SamplingConfig()
+        return self.by_num_tokens[next((k for k in there if k >= num_tokens), there[-1])]
