@@ -7,7 +7,6 @@ trains the small classifier that stands in for Inception where its weights canno
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +40,6 @@ from tokenizer.throughput import VARIANTS, ThroughputConfig, measure_throughput
 from tokenizer.throughput import write_report as write_throughput
 from tokenizer.throughput.config import MAX_SECONDS
 
-PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
 RANDOM_WEIGHTS = "random weights"
@@ -212,7 +210,7 @@ def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
 
 def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
     """Measure one setting or many, and write; in one process or those that `accelerate launch` started."""
-    with team(config.device, PATIENCE) as workers:
+    with team(config.device) as workers:
         if config.sweep is not None:
             sweep_quality(partial(open_subject, config, workers), sampling, config, workers, cli.command_line())
             return

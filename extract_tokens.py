@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from tokenizer.extraction import VIEWS, tokenize_files
 from tokenizer.sources import SPLITS, DataConfig, open_source
 
 logger = logging.getLogger("tokenizer.extract_tokens")
-PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ def main() -> None:
         check(folder)
         return
     config, data = cli.parse(ExtractionConfig, DataConfig, description=__doc__)
-    with team(config.device, PATIENCE) as workers:
+    with team(config.device) as workers:
         extract(config, data, workers)
 
 

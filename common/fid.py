@@ -23,7 +23,10 @@ CLASSIFIER = "channeltok-classifier"
 FEWEST = 10
 NEIGHBOURS = 3
 KID_SUBSET, KID_SUBSETS = 1000, 100
-ROWS_AT_ONCE = 1000  # of the table of distances that precision and recall look through
+# rows and columns of a table of distances at a time. torch takes differences up to 25, and a matrix product beyond, whose
+# rounding sets copies of a picture apart: a reach of 0, as copies have, then holds some of them and not others
+EXACT_TABLE, FAST_TABLE = 25, 1000
+EXACT_PAIRS = 10**6  # up to which the exact way takes a second or two
 
 
 def _downloaded_weights() -> Path:
@@ -189,13 +192,14 @@ def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, flo
     Precision: the share of samples that lie within reach of some reference picture, its reach being the distance to its
     third neighbour among the reference; recall the same with the sets exchanged. In float64, on the features' device.
     """
+    pairs = max(len(samples), len(reference)) ** 2
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     found = prc_features_to_metric(
         samples.double(),
         reference.double(),
         prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=ROWS_AT_ONCE,
+        prc_batch_size=EXACT_TABLE if pairs <= EXACT_PAIRS else FAST_TABLE,
         save_cpu_ram=True,
         verbose=False,
     )

@@ -26,6 +26,7 @@ from common.runtime import has_fast_bfloat16, pick_device
 from common.steps import LoopConfig
 
 PATIENCE = timedelta(hours=6)  # of the others while the main process evaluates or saves; all else has torch's limits
+TEAM_PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -160,19 +161,15 @@ class Team:
 
 
 @contextmanager
-def team(device_name: str, patience: timedelta) -> Iterator[Team]:
-    """The processes that a launcher started, this one at least.
-
-    Args:
-        device_name: auto, cpu, cuda, cuda:1 or mps.
-        patience: how long one may wait for another.
+def team(device_name: str) -> Iterator[Team]:
+    """The processes that a launcher started, this one at least; `device_name` is auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
         InputError: one GPU named for several processes.
     """
     device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else device_name)
     # accelerate knows the processes of CUDA devices; those of any other device meet as those of the CPU do
-    state = PartialState(cpu=device.type != "cuda", timeout=patience)
+    state = PartialState(cpu=device.type != "cuda", timeout=TEAM_PATIENCE)
     if state.num_processes > 1 and device.type == "cuda":
         if device.index is not None:
             raise InputError(

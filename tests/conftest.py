@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from measurement import words
 from PIL import Image
 from torch import nn
 from torchvision.models import vgg16
 from transformers import LlamaForCausalLM
 
 from common.checkpoint import fingerprint, folder_written_whole, save_pretrained_whole
+from common.classifier import ClassifierConfig, PictureClassifier
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine
@@ -418,3 +420,46 @@ def vgg_weights(vgg: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.save({**state, "classifier.0.weight": torch.zeros(2, 2)}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random classifier of 32 x 32 pictures that knows the tiny model's classes, in another order, and one more."""
+    path = tmp_path_factory.mktemp("classifier") / "features.safetensors"
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(6)
+        config = ClassifierConfig(classifier_size=32, widths=[8, 16])
+        model = PictureClassifier(config, ["something else", *reversed(CLASS_NAMES)])
+        for parameter in model.parameters():  # a fresh one says the same of every picture
+            parameter.normal_(std=0.4)
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 pictures in 5 class folders, of several sizes."""
+    folder = tmp_path_factory.mktemp("reference")
+    rng = np.random.default_rng(7)
+    for i in range(12):
+        path = folder / f"class{i % 5}" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((40 + i, 36), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory,
+    scripts: ScriptRunner,
+    pipeline_folder: Path,
+    photographs: Path,
+    classifier: Path,
+) -> Path:
+    """One run with everything on."""
+    folder = tmp_path_factory.mktemp("measured")
+    flags = ["--anchors", "--save-images", "--save-npz"]
+    done = scripts("benchmark.py", *words(pipeline_folder, photographs, classifier, folder), *flags)
+    assert done.code == 0, done.err
+    return folder

@@ -1,0 +1,23 @@
+"""What the tests of benchmark.py fid share: its command line, and how its results are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+N = 23  # no multiple of the batch of 5, nor of 5 classes
+TIMES = {"draw_seconds", "decode_seconds", "look_seconds"}
+
+
+def words(model: Path, photographs: Path, classifier: Path, output: Path) -> list[Any]:
+    flags = ["fid", "--model", model, "--reference", photographs, "--features", classifier, "--output-dir", output]
+    return [*flags, "--num-samples", N, "--batch-size", 5, "--num-tokens", 2, 7, 16, "--num-workers", 0]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock says."""
+    return [{name: row[name] for name in row.keys() - TIMES} for row in results(folder)["rows"]]

@@ -1,0 +1,362 @@
+"""generator/quality: what a measurement must hold, seen through benchmark.py fid as its users run it."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_NAMES, Finished, ScriptRunner
+from measurement import N, results, rows, words
+from oracles import fid as oracle
+from PIL import Image
+
+from common.checkpoint import load_tensor
+from common.classifier import ClassifierConfig, PictureClassifier
+from common.errors import InputError
+from common.fid import FeatureExtractor
+from common.images import load_image
+from common.processes import team
+from generator.engine import Engine
+from generator.pipeline import ChannelTokPipeline
+from generator.quality import measure_quality, open_subject
+from generator.quality.config import QualityConfig, sweep_settings
+from generator.quality.labels import distance_field, measure_labels
+from generator.quality.reference import About
+from generator.quality.samples import labels_of
+from generator.sampling import SamplingConfig
+
+# ------------------------------------------------------------------------------------- the pass
+
+
+def test_a_row_is_what_plain_formulas_say_of_pictures_drawn_one_by_one(
+    measured: Path, pipeline_folder: Path, photographs: Path, classifier: Path
+) -> None:
+    """The whole measurement again, without its code: other batches, the pipeline's own pictures, numpy's sums."""
+    pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    extractor = FeatureExtractor(classifier=classifier)
+    reference = extractor(torch.stack([load_image(path, 32) for path in sorted(photographs.rglob("*.png"))]))
+    for row in rows(measured):
+        k = row["num_tokens"]
+        drawn = [pipeline([i % 5], num_tokens=k, seed=i).images[0] for i in range(N)]
+        samples = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2)
+        features, logits = extractor.see(samples)
+        one, other = features.double().numpy(), reference.double().numpy()
+        assert row["frechet_distance"] == pytest.approx(oracle.frechet_distance(one, other), rel=1e-4)
+        named = ["something else", *reversed(CLASS_NAMES)]
+        right = [named[int(best)] == CLASS_NAMES[i % 5] for i, best in enumerate(logits.argmax(1))]
+        assert row["class_accuracy"] == pytest.approx(sum(right) / N)
+        for name in ("kid", "precision", "recall", "inception_score"):
+            assert math.isfinite(row[name])
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_k_tokens_of_a_longer_run_score_exactly_as_a_run_of_k_alone(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path,
+    tmp_path: Path, k: int,
+) -> None:  # fmt: skip
+    flags = words(pipeline_folder, photographs, classifier, tmp_path)
+    place = flags.index("--num-tokens")
+    done = scripts("benchmark.py", *flags[: place + 1], k, *flags[place + 4 :])
+    assert done.code == 0, done.err
+    assert rows(tmp_path) == [row for row in rows(measured) if row["num_tokens"] == k]
+
+
+def test_guidance_keeps_that_law(
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    flags = [*words(pipeline_folder, photographs, classifier, tmp_path / "all"), "--cfg-scale", 2]
+    flags += ["--cfg-schedule", "interval", "--cfg-end", 0.5]
+    assert scripts("benchmark.py", *flags).code == 0
+    flags[flags.index(tmp_path / "all")] = tmp_path / "alone"
+    place = flags.index("--num-tokens")
+    assert scripts("benchmark.py", *flags[: place + 1], 7, *flags[place + 4 :]).code == 0
+    assert rows(tmp_path / "alone") == [row for row in rows(tmp_path / "all") if row["num_tokens"] == 7]
+
+
+def test_several_processes_measure_what_one_does(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    done = scripts("benchmark.py", *words(pipeline_folder, photographs, classifier, tmp_path), processes=2)
+    assert done.code == 0, done.err
+    assert rows(tmp_path) == rows(measured)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    flags = words(pipeline_folder, photographs, classifier, tmp_path)
+    kept = tmp_path / "parts" / "part-000001.safetensors"
+    running = scripts.start("benchmark.py", *flags)
+    while not kept.is_file():
+        assert running.poll() is None
+        time.sleep(0.001)
+    running.kill()
+    assert running.wait().code == -9
+    assert not (tmp_path / "results.json").exists()
+    before = kept.stat().st_mtime_ns
+    assert scripts("benchmark.py", *flags).code == 0
+    assert kept.stat().st_mtime_ns == before, "what was there is not drawn again"
+    assert rows(tmp_path) == rows(measured)
+
+
+def test_more_samples_add_to_those_that_are_there(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    flags = words(pipeline_folder, photographs, classifier, tmp_path)
+    flags[flags.index(N)] = 13
+    assert scripts("benchmark.py", *flags).code == 0
+    first = tmp_path / "parts" / "part-000000.safetensors"
+    before = first.stat().st_mtime_ns
+    flags[flags.index(13)] = N
+    assert scripts("benchmark.py", *flags).code == 0
+    assert first.stat().st_mtime_ns == before
+    assert rows(tmp_path) == rows(measured)
+
+
+def test_other_settings_do_not_mix_with_parts_that_are_there(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path
+) -> None:
+    flags = words(pipeline_folder, photographs, classifier, measured)
+    done = scripts("benchmark.py", *flags, "--temperature", 0.5)
+    assert done.code == 2
+    assert "measured with sampling" in done.err
+    assert "another --output-dir" in done.err
+
+
+def test_five_budgets_take_no_more_steps_than_the_largest_alone(
+    pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    advance = Engine.advance
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        nonlocal steps
+        steps += 1
+        advance(*arguments, **options)
+
+    monkeypatch.setattr(Engine, "advance", counted)
+    taken = {}
+    for budgets in ([2, 4, 7, 12, 16], [16]):
+        steps = 0
+        config = QualityConfig(
+            model=str(pipeline_folder), reference=str(photographs), features=str(classifier), num_tokens=budgets,
+            num_samples=10, batch_size=5, num_workers=0, device="cpu", output_dir=str(tmp_path / str(len(budgets))),
+        )  # fmt: skip
+        with team("cpu") as alone:
+            measure_quality(open_subject(config, alone), SamplingConfig(), config, alone)
+        taken[len(budgets)] = steps
+    assert taken == {5: 2 * 16, 1: 2 * 16}
+
+
+def test_classes_are_balanced() -> None:
+    for count in (10, 23, 1000):
+        counts = np.bincount(labels_of(range(count), 10))
+        assert counts.max() - counts.min() <= 1
+    assert labels_of(range(4, 9), 5) == [4, 0, 1, 2, 3]
+
+
+def test_parts_hold_features_and_no_pictures(measured: Path) -> None:
+    part = measured / "parts" / "part-000000.safetensors"
+    assert load_tensor(part, "tokens").shape == (5, 16)
+    assert load_tensor(part, "features.7").shape == (5, 16)
+    assert part.stat().st_size < 10_000, "5 samples at 3 k: their pictures alone would be 46 kB"
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def test_every_picture_is_kept_as_a_file_and_in_an_archive(measured: Path, pipeline_folder: Path) -> None:
+    pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    for k in (2, 7, 16):
+        with np.load(measured / f"samples-k{k:04d}.npz") as archive:
+            pictures, labels = archive["arr_0"], archive["arr_1"]
+        assert pictures.dtype == np.uint8
+        assert pictures.shape == (N, 32, 32, 3)
+        assert labels.tolist() == [i % 5 for i in range(N)]
+        files = sorted((measured / "images" / f"k{k:04d}").glob("*.png"))
+        assert [path.name for path in files] == [f"{i:06d}.png" for i in range(N)]
+        for i, path in enumerate(files):
+            np.testing.assert_array_equal(np.asarray(Image.open(path)), pictures[i])
+        alone = np.asarray(pipeline([4], num_tokens=k, seed=9).images[0]).astype(int)
+        assert abs(alone - pictures[9].astype(int)).max() <= 1  # decoded in another batch
+
+
+def test_the_sheet_and_the_plots_are_there_and_whole(measured: Path) -> None:
+    for name in ("samples.png", "quality.png", "time.png"):
+        with Image.open(measured / name) as picture:
+            picture.load()
+            assert picture.width > 300
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+def test_results_tell_what_they_rest_on(measured: Path, photographs: Path, classifier: Path) -> None:
+    found = results(measured)
+    assert [row["num_tokens"] for row in found["rows"]] == [2, 7, 16]
+    assert found["num_samples"] == N
+    assert found["reference"]["name"] == photographs.as_posix()
+    assert found["reference"]["count"] == 12
+    assert found["network"] == {
+        "name": "demo features",
+        "fingerprint": FeatureExtractor(classifier=classifier).fingerprint,
+    }
+    assert set(found["versions"]) >= {"torch", "torch-fidelity", "python", "channeltok"}
+    assert found["sampling"]["temperature"] == 1
+    assert found["seed"] == 0
+    assert found["model"]["fingerprint"]
+    assert found["machine"]["cpu"]
+    assert found["pass_seconds"]["draw"] > 0
+    assert all(row[name] > 0 for row in found["rows"] for name in ("draw_seconds", "decode_seconds"))
+    text = (measured / "results.md").read_text()
+    assert "| k | Fréchet distance (demo features, N = 23) |" in text
+    assert "FID" not in text.replace("torch-fidelity", "").replace("benchmark.py fid", "")
+    assert f"{photographs.as_posix()}, 12 images" in text
+
+
+def about(**changes: Any) -> About:
+    values: dict[str, Any] = {"name": "val", "fingerprint": "0", "count": 50_000, "kept": 10_000, "preparation": ""}
+    return About(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("is_inception", "count", "reference", "label"),
+    [
+        (True, 50_000, about(), "FID"),
+        (True, 49_999, about(), "Fréchet distance (Inception, N = 49,999)"),
+        (True, 50_000, about(decoded=True), "Fréchet distance (Inception, reference decoded by the tokenizer)"),
+        (True, 50_000, about(drawn_by="x"), "Fréchet distance (Inception, reference drawn by a model)"),
+        (False, 50_000, about(), "Fréchet distance (demo features)"),
+        (False, 500, about(), "Fréchet distance (demo features, N = 500)"),
+    ],
+)
+def test_only_plain_fid_is_called_fid(is_inception: bool, count: int, reference: About, label: str) -> None:
+    field = distance_field(is_inception, count, reference)
+    assert field == ("fid" if label == "FID" else "frechet_distance")
+    labels = measure_labels(is_inception, count, reference)
+    assert labels[field] == label
+    for other in labels.values():
+        assert label == "FID" or "FID" not in other
+        assert is_inception or ("Inception" not in other and "demo features" in other)
+        assert count == 50_000 or f"N = {count:,}" in other
+
+
+def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path, classifier: Path) -> None:
+    anchors = results(measured)["anchors"]
+    extractor = FeatureExtractor(classifier=classifier)
+    paths = sorted(photographs.rglob("*.png"))
+    features, logits = extractor.see(torch.stack([load_image(path, 32) for path in paths]))
+    halves = features.double().numpy()
+    assert anchors["real"]["distance"] == pytest.approx(oracle.frechet_distance(halves[::2], halves[1::2]), rel=1e-4)
+    assert anchors["real"]["images"] == 6
+    named = ["something else", *reversed(CLASS_NAMES)]
+    right = [
+        named[int(best)] == CLASS_NAMES[int(path.parent.name[-1])]
+        for best, path in zip(logits.argmax(1), paths, strict=True)
+    ]
+    assert anchors["real"]["class_accuracy"] == pytest.approx(sum(right) / 12)
+    assert 0 <= anchors["shuffled"]["class_accuracy"] <= 1
+    assert [row["num_tokens"] for row in anchors["reconstructions"]] == [2, 7, 16]
+    assert all(row["distance"] > 0 for row in anchors["reconstructions"])
+    text = (measured / "results.md").read_text()
+    assert "one half against the other (6 each)" in text
+    assert "classes shuffled" in text
+
+
+# ------------------------------------------------------------------------------------- Inception
+
+
+def test_inception_looks_through_the_flag_that_users_have(
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, inception_weights: Path, classifier: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    done = scripts(
+        "benchmark.py", "fid", "--model", pipeline_folder, "--reference", photographs, "--num-tokens", 16,
+        "--inception-weights", inception_weights, "--classifier", classifier, "--num-samples", 10, "--batch-size", 10,
+        "--max-reference", 10, "--num-workers", 0, "--output-dir", tmp_path, "--sheet-samples", 0,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = results(tmp_path)
+    (row,) = found["rows"]
+    assert "fid" not in row
+    assert found["labels"]["frechet_distance"] == "Fréchet distance (Inception, N = 10)"
+    assert found["labels"]["inception_score"] == "Inception score (N = 10)"
+    assert found["labels"]["kid"] == "KID (N = 10)"
+    assert 0 <= row["class_accuracy"] <= 1
+    pipeline, extractor = (
+        ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu"),
+        FeatureExtractor(inception_weights),
+    )
+    drawn = pipeline([i % 5 for i in range(10)], seed=0).images
+    samples = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2).contiguous()
+    kept = load_tensor(tmp_path / "parts" / "part-000000.safetensors", "features.16")
+    torch.testing.assert_close(kept, extractor(samples), rtol=1e-3, atol=1e-3)
+    assert load_tensor(tmp_path / "parts" / "part-000000.safetensors", "logits.16").shape == (10, 1008)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--num-tokens", 17], "this model has 1..16"),
+        (["--num-tokens", 0], "at least 1"),
+        (["--num-tokens", 4, 4], "each once"),
+        (["--num-samples", 9], "at least 10"),
+        (["--batch-size", 0], "at least 1"),
+        (["--reference", "nowhere"], "no saved name; saved are: none"),
+        (["--reference", "no/name"], "not allowed"),
+        (["--features", "nowhere.safetensors"], "is missing"),
+        (["--inception-weights", "x.pth"], "leave one out"),
+        (["--write-settings"], "give --sweep"),
+        (["--sweep", "cfg=1,2"], "with one of temperature"),
+        (["--sweep", "cfg_scale=1,x"], "type float"),
+        (["--sweep", "cfg_scale=1,1"], "each value once"),
+        (["--sweep", "cfg_scale=-1"], "it must be 0 or above"),
+        (["--sweep", "cfg_scale=1", "--save-npz"], "save_npz does not go with sweep"),
+        (["--save-reference", "a/b"], "not allowed"),
+        (["--device", "tpu"], "is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path,
+    change: list[Any], message: str,
+) -> None:  # fmt: skip
+    flags = [*words(pipeline_folder, photographs, classifier, tmp_path / "out"), *change]
+    cache = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}"
+    done: Finished = scripts("benchmark.py", *flags, before=cache)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_every_combination_in_order() -> None:
+    found = sweep_settings(["cfg_scale=1,2", "top-k=0,5"], SamplingConfig())
+    assert found == [
+        {"cfg_scale": 1.0, "top_k": 0}, {"cfg_scale": 1.0, "top_k": 5},
+        {"cfg_scale": 2.0, "top_k": 0}, {"cfg_scale": 2.0, "top_k": 5},
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="twice"):
+        sweep_settings(["top_k=1", "top-k=2"], SamplingConfig())
+
+
+def test_a_classifier_must_know_the_model_s_classes_by_name(
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    PictureClassifier(ClassifierConfig(classifier_size=32, widths=[8, 16]), ["hen", "cock"]).save(path)
+    flags = words(pipeline_folder, photographs, path, tmp_path / "out")
+    done = scripts("benchmark.py", *flags, "--classifier", path)
+    assert done.code == 2
+    assert "does not know 4 classes" in done.err
+    done = scripts("benchmark.py", *flags)
+    assert done.code == 0, done.err
+    assert "no class accuracy is measured" in done.err
+    assert [row["class_accuracy"] for row in results(tmp_path / "out")["rows"]] == [None] * 3
+    shutil.rmtree(tmp_path / "out")
