@@ -15,11 +15,15 @@ from safetensors import safe_open
 
 import train_tokenizer
 from common import cli
+from common.classifier import ClassifierConfig
 from common.steps import StepPlan
 from generator.config import GENERATOR_SIZES, GeneratorConfig
 from generator.training import GeneratorTrainingConfig
 from tokenizer import ChannelTokenizer, TokenizerConfig
+from tokenizer.classifier import ClassifierTrainingConfig
+from tokenizer.data import AugmentationConfig
 from tokenizer.published import published_config, rename_published_keys
+from tokenizer.sources import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
 NEEDED = ["--data_dir", "photos", "--output_dir", "run"]
@@ -39,6 +43,9 @@ def parsed(path):
     if "generator" in path.name:
         words = ["--config", str(path), "--tokens", "tokens", "--output_dir", "run"]
         found = cli.parse(GeneratorTrainingConfig, GeneratorConfig, argv=words)
+    elif path.name == "features.yaml":
+        kinds = (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)
+        found = cli.parse(*kinds, argv=["--config", str(path), *NEEDED])
     else:
         found = cli.parse(*train_tokenizer.CONFIGS, argv=["--config", str(path), *NEEDED])
     return {type(entry).__name__: entry for entry in found}
