@@ -23,8 +23,8 @@ CLASSIFIER = "channeltok-classifier"
 FEWEST = 10
 NEIGHBOURS = 3
 KID_SUBSET, KID_SUBSETS = 1000, 100
-# rows and columns of a table of distances at a time. torch takes differences up to 25, and a matrix product beyond, whose
-# rounding sets copies of a picture apart: a reach of 0, as copies have, then holds some of them and not others
+# rows and columns of a table of distances at a time. torch takes differences up to 25 and a matrix product beyond,
+# whose rounding sets copies of a picture apart: a reach of 0, as copies have, then holds some of them and not others
 EXACT_TABLE, FAST_TABLE = 25, 1000
 EXACT_PAIRS = 10**6  # up to which the exact way takes a second or two
 

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from oracles import pictures as oracle
 from torch import Tensor, nn
 
 from common.checkpoint import save_tensors
+from common.classifier import PictureClassifier
 from common.errors import InputError
-from tokenizer.perceptual import PerceptualDistance
+from tokenizer.perceptual import ClassifierDistance, PerceptualDistance
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,3 +150,35 @@ def test_it_computes_in_float32_also_under_autocast(distance: PerceptualDistance
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(distance(images, others), expected)
         assert distance(images.bfloat16(), others.bfloat16()).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------- the classifier in VGG's place
+
+
+def test_the_classifier_s_distance_is_its_formula(classifier: Path) -> None:
+    rng = np.random.default_rng(11)
+    one, other = (torch.from_numpy(rng.uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)) for _ in range(2))
+    model = PictureClassifier.load(classifier)
+    expected = []
+    for first, second in zip(one, other, strict=True):
+        found = []
+        for maps in zip(model.maps(first[None]), model.maps(second[None]), strict=True):
+            a, b = (x[0].double().numpy() for x in maps)
+            a, b = (x / np.sqrt((x**2).sum(0, keepdims=True)) for x in (a, b))
+            found.append(((a - b) ** 2).sum(0).mean())
+        expected.append(np.mean(found))
+    distance = ClassifierDistance(classifier)
+    np.testing.assert_allclose(distance(one, other), expected, rtol=1e-4)
+    assert distance(one, one).abs().max() == 0
+
+
+def test_the_classifier_s_distance_teaches_pictures_and_not_itself(classifier: Path) -> None:
+    distance = ClassifierDistance(classifier)
+    images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = distance(images, images.detach().flip(-1))
+    assert value.dtype == torch.float32
+    value.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in distance.parameters())

@@ -190,6 +190,15 @@ def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, 
     assert not [name for name in load_file(checkpoint / "training.safetensors") if "perceptual" in name]
 
 
+def test_the_classifier_takes_vgg_s_place(train, with_opponent, classifier, tmp_path):
+    flags = ("--perceptual", "features", "--perceptual-weights", classifier, "--lpips-weight", 2, "--steps", 2)
+    done = train(tmp_path / "run", *flags, "--checkpoint-every", 2, "--evaluate-every", 2)
+    assert done.code == 0, done.err
+    (record,) = curve(tmp_path / "run")
+    assert record["lpips"] > 0
+    assert record["reconstruction"] == pytest.approx(0.25 * record["l1"] + 2 * record["lpips"], rel=1e-5)
+
+
 def test_a_run_that_goes_astray_stops_and_names_the_last_good_checkpoint(train, tmp_path):
     poison = """
 import torch
@@ -240,6 +249,8 @@ def test_tensorboard_gets_the_figures_of_the_log(train, tmp_path):
         (("--gan-weight", 0.1), "gan_layers"),
         (("--perceptual", "lpips", "--perceptual-weights", "missing.pth"), "missing.pth"),
         (("--perceptual-weights", "missing.pth"), "perceptual is none"),
+        (("--perceptual", "features"), "no classifier is given"),
+        (("--perceptual", "features", "--perceptual-weights", "a.safetensors"), "a.safetensors is missing"),
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(train, tmp_path, flags, named):

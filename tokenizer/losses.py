@@ -22,13 +22,16 @@ class TokenizerLossConfig:
 
     l1_weight: float = field(default=0.25, metadata={"help": "weight of the absolute error"})
     l2_weight: float = field(default=0.0, metadata={"help": "weight of the squared error"})
-    perceptual: Literal["lpips", "none"] = field(
-        default="lpips", metadata={"help": "perceptual distance; none where VGG's weights cannot be had"}
-    )
+    perceptual: Literal["lpips", "features", "none"] = field(
+        default="lpips",
+        metadata={"help": "perceptual distance: lpips; features (of the classifier that `benchmark.py features` "
+                  "trains, where VGG's weights cannot be had); or none"},
+    )  # fmt: skip
     perceptual_weights: str | None = field(
         default=None,
-        metadata={"help": "file of torchvision's VGG-16 (vgg16-397923af.pth); default: torchvision downloads it"},
-    )
+        metadata={"help": "file of torchvision's VGG-16 (vgg16-397923af.pth; default: torchvision downloads it), or of "
+                  "the classifier"},
+    )  # fmt: skip
     lpips_weight: float = field(default=1.0, metadata={"help": "weight of the perceptual distance"})
     entropy_weight: float = field(default=0.1, metadata={"help": "weight of both entropy terms"})
     codebook_entropy_weight: float = field(default=1.0, metadata={"help": "codebook entropy, relative to the token's"})
@@ -44,8 +47,10 @@ class TokenizerLossConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.perceptual not in ("lpips", "none"):
-            raise InputError(f"perceptual is {self.perceptual!r}; allowed: lpips, none")
+        if self.perceptual not in ("lpips", "features", "none"):
+            raise InputError(f"perceptual is {self.perceptual!r}; allowed: lpips, features, none")
+        if self.perceptual == "features" and self.perceptual_weights is None:
+            raise InputError("perceptual is features, but no classifier is given; give its file as perceptual_weights")
         if self.perceptual == "none" and self.perceptual_weights is not None:
             raise InputError("perceptual is none, and perceptual_weights names a file; give one or the other")
         if self.l1_weight + self.l2_weight <= 0:

@@ -18,7 +18,7 @@ from tokenizer.discriminator import (
     last_layer_gradients,
 )
 from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
-from tokenizer.perceptual import PerceptualDistance
+from tokenizer.perceptual import ClassifierDistance, PerceptualDistance
 from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -38,8 +38,10 @@ class TokenizerObjective:
 
     def __init__(self, loss: TokenizerLossConfig, tail_drop: TailDropConfig, gan: GanConfig, device: torch.device):
         self.loss, self.tail_drop, self.gan = loss, tail_drop, gan
-        self.perceptual: PerceptualDistance | None = None
-        if loss.perceptual == "lpips":
+        self.perceptual: PerceptualDistance | ClassifierDistance | None = None
+        if loss.perceptual == "features" and loss.perceptual_weights is not None:
+            self.perceptual = ClassifierDistance(loss.perceptual_weights).to(device)
+        elif loss.perceptual == "lpips":
             self.perceptual = PerceptualDistance(loss.perceptual_weights).to(device)
 
     def opponent(self, memory_format: torch.memory_format) -> Opponent | None:

@@ -1,6 +1,7 @@
 """LPIPS: the distance of two pictures as a VGG network sees it (Zhang et al., 2018, arXiv 1801.03924).
 
-The measure is torchmetrics'. Its VGG weights come from torchvision, which downloads them once, or from a file.
+The measure is torchmetrics'. Its VGG weights come from torchvision, which downloads them once, or from a file. Where
+they cannot be had, the small classifier of `common.classifier` takes VGG's place.
 """
 
 from pathlib import Path
@@ -8,8 +9,10 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.checkpoint import load_foreign_state
+from common.classifier import PictureClassifier
 from common.errors import InputError
 
 VGG_FEATURES = "features."  # what torchvision's VGG calls its convolutions; the classifier after them is not needed
@@ -56,6 +59,34 @@ class PerceptualDistance(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             distances: Tensor = self.network(images.float(), others.float())
         return distances.flatten()
+
+
+class ClassifierDistance(nn.Module):
+    """As LPIPS, with the feature maps of a small classifier and no weights for their channels; frozen.
+
+    At each place of each map, both pictures' vectors are scaled to length 1; the distance is their squared difference,
+    its mean over places, and of that the mean over maps: 0 for equal pictures, at most 4.
+
+    Args:
+        weights: a file that `benchmark.py features` wrote.
+
+    Raises:
+        InputError: no such file, or another.
+    """
+
+    def __init__(self, weights: str | Path):
+        super().__init__()
+        self.classifier = PictureClassifier.load(weights)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance of each pair: images (b 3 H W) in [-1, 1], twice -> (b,). In float32, also under autocast."""
+        with torch.autocast(images.device.type, enabled=False):
+            seen = zip(self.classifier.maps(images.float()), self.classifier.maps(others.float()), strict=True)
+            distances = [
+                (F.normalize(one, dim=1) - F.normalize(other, dim=1)).square().sum(1).mean((1, 2))
+                for one, other in seen
+            ]
+        return torch.stack(distances).mean(0)
 
 
 def _load_vgg(network: nn.Module, state: dict[str, Tensor], path: str | Path | None) -> None:
