@@ -36,6 +36,8 @@ class ClassifierConfig:
             raise InputError(f"widths is {self.widths}; give one or more multiples of {GROUPS}")
         if self.classifier_size < 1 or self.classifier_size % smallest:
             raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
+        if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
+            raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
 
 
 class _Block(nn.Module):
@@ -103,8 +105,9 @@ class PictureClassifier(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, weights in bfloat16; network and class names stand in its header."""
-        about = {"kind": KIND, "config": json.dumps(asdict(self.config)), "class_names": json.dumps(self.class_names)}
-        save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, about)
+        about = json.dumps({"config": asdict(self.config), "class_names": self.class_names})
+        # one entry alone: safetensors writes several in another order each time
+        save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, {KIND: about})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -113,11 +116,12 @@ class PictureClassifier(nn.Module):
         Raises:
             InputError: no such file, or not one of ours.
         """
-        about = load_tensors_metadata(path)
-        if about.get("kind") != KIND:
+        header = load_tensors_metadata(path)
+        if KIND not in header:
             raise InputError(f"{path} holds no classifier; give a file that `benchmark.py features` wrote")
         try:
-            model = cls(ClassifierConfig(**json.loads(about["config"])), json.loads(about["class_names"]))
+            about = json.loads(header[KIND])
+            model = cls(ClassifierConfig(**about["config"]), about["class_names"])
             model.load_state_dict({k: v.float() for k, v in load_tensors(path).items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is no whole classifier ({error}); copy or train it again") from error
