@@ -7,6 +7,7 @@ import pytest
 from common import cli
 from common.errors import InputError
 from tokenizer import TokenizerConfig
+from tokenizer.losses import TokenizerLossConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,20 @@ def test_of_a_transformers_configuration_only_its_own_fields_are_flags():
     assert (model.image_size, model.encoder_widths, model.patch_size) == (32, [32, 32], 2)
     assert "unknown argument '--dtype'" in refusal(Run, TokenizerConfig, argv=[*argv, "--dtype", "float32"])
     assert "num_bits" in refusal(TokenizerConfig, argv=[*argv, "--num-bits", "17"])
+
+
+def test_of_a_class_whose_fields_may_be_left_unset_only_what_is_given_is_not_none(config):
+    flags = cli.unset(TokenizerLossConfig, "default: the model's own")
+    (found,) = cli.parse(flags, argv=["--l1-weight", "0.5", "--perceptual", "none"])
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    assert given == {"l1_weight": 0.5, "perceptual": "none"}
+    (found,) = cli.parse(flags, argv=config("l2_weight: 3"))
+    assert found.l2_weight == 3
+    assert found.l1_weight is None
+    with pytest.raises(InputError, match="invalid choice: 'some'"):
+        cli.parse(flags, argv=["--perceptual", "some"])
+    with pytest.raises(InputError, match="l1"):
+        cli.parse(flags, argv=["--l1-weight", "much"])
 
 
 def test_help_shows_every_flag_with_its_help(capsys):
