@@ -203,4 +203,6 @@ def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, flo
         save_cpu_ram=True,
         verbose=False,
     )
-    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+    # shares that are given in float32, of sets that are known
+    precision, recall = float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+    return round(precision * len(samples)) / len(samples), round(recall * len(reference)) / len(reference)
