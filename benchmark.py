@@ -217,7 +217,8 @@ def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
         subject = open_subject(config, workers)
         results = measure_quality(subject, sampling, config, workers)
         if results is not None:
-            write_quality(results, subject, config, cli.command_line())
+            write_quality(results, subject, config, cli.command_line(), workers.count)
+        workers.wait()
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {

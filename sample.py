@@ -1,6 +1,6 @@
 """Draw pictures of classes, one latent channel at a time: see `--help`; with no flags, a few classes at growing k."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from generator.session import DrawingRequest, draw_to_folder
 
 DEMO_MODEL = str(Path(__file__).parent / "weights" / "demo")
 SHOWN_CLASSES = 6
-SamplingFlags = cli.unset(SamplingConfig, "default: the model's own")
+SamplingFlags = cli.unset(SamplingConfig, "default: the model's own, or the drawing's that is gone on with")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def fresh_request(config: SampleConfig, given: dict[str, Any], pipeline: Channel
         seeds=[config.seed + i for i in range(len(labels))],
         rows=list(range(len(labels))),
         num_tokens=num_tokens,
-        sampling=pipeline.sampling(max(num_tokens), **given),
+        # images that end at several k are drawn as those that go to the end, so that none hangs on its neighbours
+        sampling=pipeline.sampling(num_tokens[0] if len(set(num_tokens)) == 1 else None, **given),
         batch_size=config.batch_size,
         previews=previews,
         prefix=prefix,
@@ -126,7 +127,7 @@ def continued_request(
         seeds=chosen.seeds,
         rows=rows,
         num_tokens=num_tokens,
-        sampling=replace(drawing.sampling, **given),
+        sampling=drawing.sampling.override(given),
         batch_size=config.batch_size,
         previews=config.previews or [],
         prefix=chosen.tokens,

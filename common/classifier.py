@@ -56,7 +56,8 @@ class _Block(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         inner = F.silu(self.norm1(self.conv1(maps)))
         inner = self.norm2(self.conv2(inner))
-        beside = F.avg_pool2d(maps, self.stride) if self.stride > 1 else maps
+        # rounded up where a side is odd, as the convolution does
+        beside = F.avg_pool2d(maps, self.stride, ceil_mode=True) if self.stride > 1 else maps
         return F.silu(inner + self.shortcut(beside))
 
 

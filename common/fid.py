@@ -6,6 +6,8 @@ so figures can be compared with those of other work that uses it. Where its weig
 """
 
 import functools
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from common.errors import InputError
 FEATURES = 2048  # numbers by which Inception stands for a picture
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 CLASSIFIER = "channeltok-classifier"
+INCEPTION, DEMO_FEATURES = "Inception", "demo features"  # what reports call the networks
 # what a set needs: InceptionV3's score has 10 splits, and a neighbourhood of precision and recall 3 others
 FEWEST = 10
 NEIGHBOURS = 3
@@ -43,24 +46,28 @@ def _downloaded_weights() -> Path:
     except (OSError, RuntimeError) as error:  # no network, or not the bytes that were published
         raise InputError(
             f"the Inception weights cannot be downloaded ({error}); give a copy of {path.name} with "
-            "--inception-weights, or do without Inception (--inception none, or --features FILE)"
+            "--inception-weights, or do without it (reconstruction: --inception none, fid: --features FILE)"
         ) from error
     return path
 
 
-def _inception(weights: str | Path | None) -> Any:
+def _inception(weights: str | Path | None) -> tuple[Any, str]:
+    """The network, and what to call it: Inception only with the very weights that FID was defined with."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = _downloaded_weights() if weights is None else Path(weights)
     # torch-fidelity unpickles whatever a file holds, so it only ever sees one that was made here, of tensors
     with as_torch_file(load_foreign_state(path)) as checked:
         try:
-            return FeatureExtractorInceptionV3("inception", [str(FEATURES), "logits_unbiased"], str(checked))
+            network = FeatureExtractorInceptionV3("inception", [str(FEATURES), "logits_unbiased"], str(checked))
         except RuntimeError as error:
             raise InputError(
                 f"{path} holds no InceptionV3 of torch-fidelity (its weights are missing, unknown or misshapen); "
                 "give weights-inception-2015-12-05-6726825d.pth"
             ) from error
+    with path.open("rb") as file:
+        published = hashlib.file_digest(file, "sha256").hexdigest() == WEIGHTS_SHA256
+    return network, INCEPTION if published else f"{INCEPTION} of other weights"
 
 
 @functools.cache
@@ -106,11 +113,18 @@ def register_classifier() -> type:
     return ClassifierFeatures
 
 
+def _in_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Convolutions of a GPU in full precision, which they are not by default: features are those of a CPU."""
+    if device.type == "cuda":
+        return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    return nullcontext()
+
+
 class FeatureExtractor:
     """Pictures to the vectors whose distributions are compared; frozen, in float32.
 
-    Attributes: `name` says which network, as reports print it; `is_inception`; `dimensions` of a vector; `fingerprint`
-    of the weights; `class_names` of the classifier, None of Inception.
+    Attributes: `name` says which network, as reports print it, "Inception" only of the published file; `is_inception`;
+    `dimensions` of a vector; `fingerprint` of the weights; `class_names` of the classifier, None of Inception.
 
     Args:
         weights: a file of torch-fidelity's InceptionV3 (`weights-inception-2015-12-05-6726825d.pth`, or the same
@@ -132,12 +146,12 @@ class FeatureExtractor:
         self.is_inception = classifier is None
         self.class_names: list[str] | None = None
         if classifier is None:
-            network: Any = _inception(weights)
-            self.name, self.dimensions = "Inception", FEATURES
+            network, self.name = _inception(weights)
+            self.dimensions = FEATURES
         else:
             # takes seconds, and only this class needs it
             network = register_classifier()(CLASSIFIER, ["pooled", "logits"], str(classifier))
-            self.name, self.dimensions = "demo features", network.classifier.head.in_features
+            self.name, self.dimensions = DEMO_FEATURES, network.classifier.head.in_features
             self.class_names = list(network.classifier.class_names)
         self.fingerprint = fingerprint(network)
         self.device = torch.device(device)
@@ -149,7 +163,8 @@ class FeatureExtractor:
 
         Logits are Inception's without bias, as its score is computed from.
         """
-        features, logits = self._network(images.to(self.device))
+        with _in_float32(self.device):
+            features, logits = self._network(images.to(self.device))
         return features, logits
 
     def __call__(self, images: Tensor) -> Tensor:

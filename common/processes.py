@@ -176,5 +176,7 @@ def team(device_name: str) -> Iterator[Team]:
                 f"device is {device_name!r}, one GPU for {state.num_processes} processes; leave --device away"
             )
         device = state.device
-    yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
-    state.destroy_process_group()
+    try:
+        yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
+    finally:
+        state.destroy_process_group()

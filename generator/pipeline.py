@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -151,7 +151,7 @@ class ChannelTokPipeline:
         model_fingerprint = f"{made_by}-{files_fingerprint(folder / 'generator')}"
         engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
         tokenizer = move(tokenizer, target)
-        settings = ModelSettings.load(folder / "generator")
+        settings = ModelSettings.load(folder / "generator", model_fingerprint)
         return cls(tokenizer, engine, PictureDecoder(tokenizer, compile=compile), model_fingerprint, settings)
 
     def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:
@@ -164,10 +164,7 @@ class ChannelTokPipeline:
         Raises:
             InputError: a value that is not allowed.
         """
-        own = asdict(self.settings.of(self.layout.num_channels if num_tokens is None else num_tokens))
-        if any(name.startswith("cfg_") for name in given):
-            own = {name: value for name, value in own.items() if not name.startswith("cfg_")}
-        return SamplingConfig(**own | given)
+        return self.settings.of(self.layout.num_channels if num_tokens is None else num_tokens).override(given)
 
     def class_labels(self, names: Sequence[str]) -> list[int]:
         """Labels of classes by name: the whole name, or any part of it between commas; case does not matter.

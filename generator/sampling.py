@@ -1,9 +1,9 @@
 """Pure functions on logits: guidance, filters, and one uniform number turned into one token."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,6 +55,17 @@ class SamplingConfig:
             raise InputError(
                 f"cfg_start and cfg_end belong to cfg_schedule interval; it is {self.cfg_schedule}, so leave them out"
             )
+
+    def override(self, given: Mapping[str, Any]) -> "SamplingConfig":
+        """These settings, but for those that are given; if one of guidance is given (cfg_...), all of it is new.
+
+        Raises:
+            InputError: a value that is not allowed.
+        """
+        own = asdict(self)
+        if any(name.startswith("cfg_") for name in given):
+            own = {name: value for name, value in own.items() if not name.startswith("cfg_")}
+        return SamplingConfig(**own | dict(given))
 
     def scales(self, num_channels: int) -> Tensor:
         """The guidance scale at each position of a model with C channels: (C,) float32, on the CPU."""

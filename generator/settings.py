@@ -1,6 +1,7 @@
 """The settings that a model is best drawn with, for each k: sampling.json beside its weights."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from common.checkpoint import read_json, write_text
 from common.errors import InputError
 from generator.sampling import SamplingConfig
 
+logger = logging.getLogger(__name__)
 SETTINGS_FILE = "sampling.json"
 
 
@@ -17,33 +19,44 @@ class ModelSettings:
     """What a drawing uses where its user says nothing.
 
     by_num_tokens: for some k the settings that were found best there; empty: the plain ones everywhere.
+    fingerprint: of the model that they were found for; those of another are not used.
     measured: how they were found, for people to read; JSON values.
     """
 
     by_num_tokens: dict[int, SamplingConfig]
+    fingerprint: str
     measured: dict[str, Any]
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ModelSettings":
-        """Read a generator's folder; without the file, plain settings.
+    def load(cls, folder: str | Path, fingerprint: str) -> "ModelSettings":
+        """Read a generator's folder; plain settings without the file, or with one of another model.
+
+        Args:
+            folder: the generator's.
+            fingerprint: the pipeline's.
 
         Raises:
             InputError: a file that is damaged, or holds settings that are not allowed.
         """
         path = Path(folder) / SETTINGS_FILE
         if not path.is_file():
-            return cls(by_num_tokens={}, measured={})
+            return cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
         content = read_json(path)
         try:
             found = {int(k): SamplingConfig(**settings) for k, settings in content["by_num_tokens"].items()}
-            return cls(by_num_tokens=found, measured=dict(content["measured"]))
+            settings = cls(by_num_tokens=found, fingerprint=content["model"], measured=dict(content["measured"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} holds no settings ({error}); remove it, or measure again") from error
+        if settings.fingerprint != fingerprint:
+            logger.warning("%s was measured for other weights and is not used; measure again", path)
+            return cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
+        return settings
 
     def save(self, folder: str | Path) -> None:
         """Write the file, whole."""
         content = {
             "by_num_tokens": {str(k): asdict(self.by_num_tokens[k]) for k in sorted(self.by_num_tokens)},
+            "model": self.fingerprint,
             "measured": self.measured,
         }
         write_text(Path(folder) / SETTINGS_FILE, json.dumps(content, indent=1))

@@ -450,16 +450,25 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def class_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the folders of `photographs` are called: the tiny model's classes, the other way round."""
+    path = tmp_path_factory.mktemp("names") / "names.json"
+    path.write_text(json.dumps({f"class{i}": name for i, name in enumerate(reversed(CLASS_NAMES))}))
+    return path
+
+
+@pytest.fixture(scope="session")
 def measured(
     tmp_path_factory: pytest.TempPathFactory,
     scripts: ScriptRunner,
     pipeline_folder: Path,
     photographs: Path,
     classifier: Path,
+    class_names: Path,
 ) -> Path:
     """One run with everything on."""
     folder = tmp_path_factory.mktemp("measured")
-    flags = ["--anchors", "--save-images", "--save-npz"]
+    flags = ["--anchors", "--save-images", "--save-npz", "--class-names", class_names]
     done = scripts("benchmark.py", *words(pipeline_folder, photographs, classifier, folder), *flags)
     assert done.code == 0, done.err
     return folder

@@ -21,3 +21,8 @@ def results(folder: Path) -> dict[str, Any]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows without what a clock says."""
     return [{name: row[name] for name in row.keys() - TIMES} for row in results(folder)["rows"]]
+
+
+def classes_of(count: int) -> list[int]:
+    """The classes of the first samples of the tiny model's 5, as the run that is tested here has them."""
+    return [[3, 1, 0, 4, 2][i % 5] for i in range(count)]

@@ -172,6 +172,12 @@ def test_the_classifier_s_distance_is_its_formula(classifier: Path) -> None:
     assert distance(one, one).abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [(40, 36), (33, 47), (4, 5)])
+def test_the_classifier_s_distance_takes_pictures_of_any_size(classifier: Path, size: tuple[int, int]) -> None:
+    images = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).reshape(2, 3, *size)
+    assert ClassifierDistance(classifier)(images, -images).shape == (2,)
+
+
 def test_the_classifier_s_distance_teaches_pictures_and_not_itself(classifier: Path) -> None:
     distance = ClassifierDistance(classifier)
     images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).requires_grad_()

@@ -1,5 +1,6 @@
 """generator/quality: what a measurement must hold, seen through benchmark.py fid as its users run it."""
 
+import hashlib
 import math
 import shutil
 import time
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, Finished, ScriptRunner
-from measurement import N, results, rows, words
+from conftest import CLASS_NAMES, REPO, Finished, ScriptRunner
+from measurement import N, classes_of, results, rows, words
 from oracles import fid as oracle
 from PIL import Image
 
+from common import fid
 from common.checkpoint import load_tensor
 from common.classifier import ClassifierConfig, PictureClassifier
 from common.errors import InputError
@@ -25,6 +27,7 @@ from generator.pipeline import ChannelTokPipeline
 from generator.quality import measure_quality, open_subject
 from generator.quality.config import QualityConfig, sweep_settings
 from generator.quality.labels import distance_field, measure_labels
+from generator.quality.parts import Parts
 from generator.quality.reference import About
 from generator.quality.samples import labels_of
 from generator.sampling import SamplingConfig
@@ -41,13 +44,14 @@ def test_a_row_is_what_plain_formulas_say_of_pictures_drawn_one_by_one(
     reference = extractor(torch.stack([load_image(path, 32) for path in sorted(photographs.rglob("*.png"))]))
     for row in rows(measured):
         k = row["num_tokens"]
-        drawn = [pipeline([i % 5], num_tokens=k, seed=i).images[0] for i in range(N)]
+        drawn = [pipeline([label], num_tokens=k, seed=i).images[0] for i, label in enumerate(classes_of(N))]
         samples = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2)
         features, logits = extractor.see(samples)
         one, other = features.double().numpy(), reference.double().numpy()
         assert row["frechet_distance"] == pytest.approx(oracle.frechet_distance(one, other), rel=1e-4)
         named = ["something else", *reversed(CLASS_NAMES)]
-        right = [named[int(best)] == CLASS_NAMES[i % 5] for i, best in enumerate(logits.argmax(1))]
+        asked = [CLASS_NAMES[label] for label in classes_of(N)]
+        right = [named[int(best)] == name for best, name in zip(logits.argmax(1), asked, strict=True)]
         assert row["class_accuracy"] == pytest.approx(sum(right) / N)
         for name in ("kid", "precision", "recall", "inception_score"):
             assert math.isfinite(row[name])
@@ -127,6 +131,44 @@ def test_other_settings_do_not_mix_with_parts_that_are_there(
     assert "another --output-dir" in done.err
 
 
+def test_parts_without_settings_are_of_nobody_knows_what(measured: Path, tmp_path: Path) -> None:
+    shutil.copy(measured / "parts" / "part-000000.safetensors", tmp_path)
+    with pytest.raises(InputError, match=r"has parts and no settings\.json"):
+        Parts(tmp_path, {}, [2], 5, 5).begin()
+
+
+def test_every_process_writes_the_settings_before_its_first_part(tmp_path: Path) -> None:
+    for _ in range(2):
+        Parts(tmp_path, {"a": 1}, [2], 5, 5).begin()
+    with pytest.raises(InputError, match="measured with a = 1, now it is 2"):
+        Parts(tmp_path, {"a": 2}, [2], 5, 5).begin()
+
+
+def test_pictures_of_two_drawings_do_not_mix(
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(measured / "images", tmp_path / "images")
+    flags = [*words(pipeline_folder, photographs, classifier, tmp_path), "--save-images"]
+    done = scripts("benchmark.py", *flags, "--temperature", 0.5)
+    assert done.code == 2
+    assert "pictures of another drawing" in done.err
+    shutil.rmtree(tmp_path / "parts")
+    flags[flags.index(N)] = 13
+    done = scripts("benchmark.py", *flags)
+    assert done.code == 2
+    assert "more than 13 pictures" in done.err
+
+
+def test_fewer_samples_than_classes_are_warned_of(
+    scripts: ScriptRunner, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    done = scripts(
+        "benchmark.py", *words(REPO / "weights" / "demo", photographs, classifier, tmp_path), "--num-tokens", 1
+    )
+    assert done.code == 0, done.err
+    assert "23 samples are fewer than the 100 classes" in done.err
+
+
 def test_five_budgets_take_no_more_steps_than_the_largest_alone(
     pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,14 +191,17 @@ def test_five_budgets_take_no_more_steps_than_the_largest_alone(
         with team("cpu") as alone:
             measure_quality(open_subject(config, alone), SamplingConfig(), config, alone)
         taken[len(budgets)] = steps
-    assert taken == {5: 2 * 16, 1: 2 * 16}
+    assert taken == {5: 1 + 2 * 16, 1: 1 + 2 * 16}, "one step to warm up, then two batches"
 
 
 def test_classes_are_balanced() -> None:
     for count in (10, 23, 1000):
         counts = np.bincount(labels_of(range(count), 10))
         assert counts.max() - counts.min() <= 1
-    assert labels_of(range(4, 9), 5) == [4, 0, 1, 2, 3]
+    assert labels_of(range(23), 5) == classes_of(23)
+    assert labels_of(range(9, 14), 5) == classes_of(14)[9:]
+    few = labels_of(range(500), 1000)
+    assert 400 < np.mean(few) < 600, "fewer samples than classes are of any of them"
 
 
 def test_parts_hold_features_and_no_pictures(measured: Path) -> None:
@@ -176,12 +221,12 @@ def test_every_picture_is_kept_as_a_file_and_in_an_archive(measured: Path, pipel
             pictures, labels = archive["arr_0"], archive["arr_1"]
         assert pictures.dtype == np.uint8
         assert pictures.shape == (N, 32, 32, 3)
-        assert labels.tolist() == [i % 5 for i in range(N)]
+        assert labels.tolist() == classes_of(N)
         files = sorted((measured / "images" / f"k{k:04d}").glob("*.png"))
         assert [path.name for path in files] == [f"{i:06d}.png" for i in range(N)]
         for i, path in enumerate(files):
             np.testing.assert_array_equal(np.asarray(Image.open(path)), pictures[i])
-        alone = np.asarray(pipeline([4], num_tokens=k, seed=9).images[0]).astype(int)
+        alone = np.asarray(pipeline(classes_of(10)[9:], num_tokens=k, seed=9).images[0]).astype(int)
         assert abs(alone - pictures[9].astype(int)).max() <= 1  # decoded in another batch
 
 
@@ -213,7 +258,9 @@ def test_results_tell_what_they_rest_on(measured: Path, photographs: Path, class
     assert found["pass_seconds"]["draw"] > 0
     assert all(row[name] > 0 for row in found["rows"] for name in ("draw_seconds", "decode_seconds"))
     text = (measured / "results.md").read_text()
-    assert "| k | Fréchet distance (demo features, N = 23) |" in text
+    assert "| k | Fréchet distance (demo features, N = 23, M = 12) |" in text
+    assert "| class accuracy (N = 23) |" in text
+    assert "5 samples side by side, 1 process" in text
     assert "FID" not in text.replace("torch-fidelity", "").replace("benchmark.py fid", "")
     assert f"{photographs.as_posix()}, 12 images" in text
 
@@ -224,25 +271,37 @@ def about(**changes: Any) -> About:
 
 
 @pytest.mark.parametrize(
-    ("is_inception", "count", "reference", "label"),
+    ("network", "count", "reference", "label"),
     [
-        (True, 50_000, about(), "FID"),
-        (True, 49_999, about(), "Fréchet distance (Inception, N = 49,999)"),
-        (True, 50_000, about(decoded=True), "Fréchet distance (Inception, reference decoded by the tokenizer)"),
-        (True, 50_000, about(drawn_by="x"), "Fréchet distance (Inception, reference drawn by a model)"),
-        (False, 50_000, about(), "Fréchet distance (demo features)"),
-        (False, 500, about(), "Fréchet distance (demo features, N = 500)"),
+        ("Inception", 50_000, about(), "FID"),
+        ("Inception", 50_000, about(count=None), "FID"),
+        ("Inception", 49_999, about(), "Fréchet distance (Inception, N = 49,999)"),
+        ("Inception", 50_000, about(count=9_999), "Fréchet distance (Inception, M = 9,999)"),
+        ("Inception", 50_000, about(decoded=True), "Fréchet distance (Inception, reference decoded by the tokenizer)"),
+        ("Inception", 50_000, about(drawn_by="x"), "Fréchet distance (Inception, reference drawn by a model)"),
+        ("Inception of other weights", 50_000, about(), "Fréchet distance (Inception of other weights)"),
+        ("demo features", 50_000, about(), "Fréchet distance (demo features)"),
+        ("demo features", 500, about(count=20), "Fréchet distance (demo features, N = 500, M = 20)"),
     ],
 )
-def test_only_plain_fid_is_called_fid(is_inception: bool, count: int, reference: About, label: str) -> None:
-    field = distance_field(is_inception, count, reference)
+def test_only_plain_fid_is_called_fid(network: str, count: int, reference: About, label: str) -> None:
+    field = distance_field(network, count, reference)
     assert field == ("fid" if label == "FID" else "frechet_distance")
-    labels = measure_labels(is_inception, count, reference)
+    labels = measure_labels(network, count, reference)
     assert labels[field] == label
-    for other in labels.values():
+    for name, other in labels.items():
         assert label == "FID" or "FID" not in other
-        assert is_inception or ("Inception" not in other and "demo features" in other)
+        assert network == "Inception" or name == "class_accuracy" or network in other
+        assert network != "demo features" or "Inception" not in other
         assert count == 50_000 or f"N = {count:,}" in other
+
+
+def test_only_the_published_weights_are_called_inception(
+    inception_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert FeatureExtractor(inception_weights).name == "Inception of other weights"
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", hashlib.sha256(inception_weights.read_bytes()).hexdigest())
+    assert FeatureExtractor(inception_weights).name == "Inception"
 
 
 def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path, classifier: Path) -> None:
@@ -252,10 +311,11 @@ def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path,
     features, logits = extractor.see(torch.stack([load_image(path, 32) for path in paths]))
     halves = features.double().numpy()
     assert anchors["real"]["distance"] == pytest.approx(oracle.frechet_distance(halves[::2], halves[1::2]), rel=1e-4)
-    assert anchors["real"]["images"] == 6
+    assert anchors["real"]["images"] == [6, 6]
+    assert anchors["images"] == 12
     named = ["something else", *reversed(CLASS_NAMES)]
     right = [
-        named[int(best)] == CLASS_NAMES[int(path.parent.name[-1])]
+        named[int(best)] == CLASS_NAMES[4 - int(path.parent.name[-1])]
         for best, path in zip(logits.argmax(1), paths, strict=True)
     ]
     assert anchors["real"]["class_accuracy"] == pytest.approx(sum(right) / 12)
@@ -263,8 +323,9 @@ def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path,
     assert [row["num_tokens"] for row in anchors["reconstructions"]] == [2, 7, 16]
     assert all(row["distance"] > 0 for row in anchors["reconstructions"])
     text = (measured / "results.md").read_text()
-    assert "one half against the other (6 each)" in text
-    assert "classes shuffled" in text
+    assert "real, one half against the other (6 and 6)" in text
+    assert "real, classes shuffled (12 images)" in text
+    assert "rebuilt from 7 tokens, against the same 12 images" in text
 
 
 # ------------------------------------------------------------------------------------- Inception
@@ -283,15 +344,16 @@ def test_inception_looks_through_the_flag_that_users_have(
     found = results(tmp_path)
     (row,) = found["rows"]
     assert "fid" not in row
-    assert found["labels"]["frechet_distance"] == "Fréchet distance (Inception, N = 10)"
-    assert found["labels"]["inception_score"] == "Inception score (N = 10)"
-    assert found["labels"]["kid"] == "KID (N = 10)"
+    notes = "Inception of other weights, N = 10, M = 10"
+    assert found["labels"]["frechet_distance"] == f"Fréchet distance ({notes})"
+    assert found["labels"]["inception_score"] == f"Inception score ({notes})"
+    assert found["labels"]["kid"] == f"KID ({notes})"
     assert 0 <= row["class_accuracy"] <= 1
     pipeline, extractor = (
         ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu"),
         FeatureExtractor(inception_weights),
     )
-    drawn = pipeline([i % 5 for i in range(10)], seed=0).images
+    drawn = pipeline(classes_of(10), seed=0).images
     samples = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn])).permute(0, 3, 1, 2).contiguous()
     kept = load_tensor(tmp_path / "parts" / "part-000000.safetensors", "features.16")
     torch.testing.assert_close(kept, extractor(samples), rtol=1e-3, atol=1e-3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ScriptRunner
-from measurement import N, results, rows, words
+from measurement import N, classes_of, results, rows, words
 from PIL import Image
 
 from common.classifier import ClassifierConfig, PictureClassifier
@@ -60,10 +60,16 @@ def test_a_folder_s_statistics_are_those_of_its_images(photographs: Path) -> Non
 def test_fewer_images_of_a_folder_are_spread_over_all_classes(photographs: Path) -> None:
     images = FolderImages(photographs, 16, 10)
     assert len(images) == 10
-    assert sorted(set(images.labels or [])) == [0, 1, 2, 3, 4]
-    assert images.classes == [f"class{i}" for i in range(5)]
-    for path, label in zip(images.paths, images.labels or [], strict=True):
-        assert path.parent.name == f"class{label}"
+    assert {path.parent.name for path in images.paths} == {f"class{i}" for i in range(5)}
+
+
+def test_classes_of_a_folder_are_told_by_name_and_never_guessed(photographs: Path) -> None:
+    images = FolderImages(photographs, 16, None)
+    names = ["class3", "hen", "class1", "class0", "class2"]
+    folders = [names.index(path.parent.name.replace("class4", "hen")) for path in images.paths]
+    assert images.labels(names, {"class4": "hen"}) == folders
+    assert images.labels(names, {}) is None
+    assert images.labels([f"class{i}" for i in range(5)], {}) is not None
 
 
 def test_a_flat_folder_tells_no_classes(photographs: Path, tmp_path: Path) -> None:
@@ -71,8 +77,7 @@ def test_a_flat_folder_tells_no_classes(photographs: Path, tmp_path: Path) -> No
         shutil.copy(path, tmp_path / f"{i}.PNG")
     images = FolderImages(tmp_path, 16, None)
     assert len(images) == 12
-    assert images.labels is None
-    assert images.classes == []
+    assert images.labels([tmp_path.name], {}) is None
 
 
 def test_unreadable_images_are_told_counted_and_left_out(
@@ -105,7 +110,8 @@ def test_the_tokenizer_may_go_over_the_reference_and_that_is_said(
     flags = words(pipeline_folder, photographs, classifier, tmp_path)
     assert scripts("benchmark.py", *flags, "--decode-reference").code == 0
     found = results(tmp_path)
-    label = f"Fréchet distance (demo features, N = {N}, reference decoded by the tokenizer)"
+    label = f"Fréchet distance (demo features, N = {N}, M = 12, reference decoded by the tokenizer)"
+    assert found["model"]["fingerprint"].split("-")[0] in found["reference"]["preparation"]
     assert found["labels"]["frechet_distance"] == label
     assert label in (tmp_path / "results.md").read_text()
     pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
@@ -114,7 +120,7 @@ def test_the_tokenizer_may_go_over_the_reference_and_that_is_said(
     decoded = pipeline.pictures(pipeline.tokenizer.tokenize(images / 127.5 - 1))
     reference, samples = (RunningStatistics(16) for _ in range(2))
     reference.update(extractor(decoded))
-    drawn = pipeline([i % 5 for i in range(N)], seed=0).images
+    drawn = pipeline(classes_of(N), seed=0).images
     samples.update(extractor(torch.from_numpy(np.stack([np.asarray(p) for p in drawn])).permute(0, 3, 1, 2)))
     assert found["rows"][-1]["frechet_distance"] == pytest.approx(frechet_distance(samples, reference), rel=1e-3)
 
@@ -168,6 +174,24 @@ def test_another_archive_is_refused_in_a_line(tmp_path: Path, content: dict[str,
         npz_reference(tmp_path / "a.npz", Means(True), batch_size=4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_damaged_anywhere_is_refused_in_a_line_or_read(tmp_path: Path, save: Any) -> None:
+    path = tmp_path / "a.npz"
+    save(path, arr_0=pictures(12).permute(0, 2, 3, 1).numpy())
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        place = int(rng.integers(len(whole)))
+        damaged[place : place + 8] = rng.bytes(8)
+        path.write_bytes(damaged)
+        try:
+            npz_reference(path, Means(False), batch_size=4)  # type: ignore[arg-type]
+        except InputError:
+            refused += 1
+    assert refused > 50
+
+
 def test_damaged_archives_and_other_files_are_refused_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_npz(path, 12, 5, pictures(12)[..., :5, :5].split(5), list(range(12)), "us")
@@ -182,6 +206,9 @@ def test_damaged_archives_and_other_files_are_refused_in_a_line(tmp_path: Path) 
 def test_a_model_s_own_samples_are_at_distance_0_and_never_a_plain_reference(
     measured: Path, scripts: ScriptRunner, pipeline_folder: Path, classifier: Path, tmp_path: Path
 ) -> None:  # fmt: skip
+    whole = FolderImages(measured, 32, None)
+    assert whole.drawn_by is not None, "the whole output folder"
+    assert FolderImages(measured / "images", 32, None).drawn_by == whole.drawn_by
     for name, own in (("archive", measured / "samples-k0007.npz"), ("folder", measured / "images" / "k0007")):
         done = scripts("benchmark.py", *words(pipeline_folder, own, classifier, tmp_path / name))
         assert done.code == 0, done.err
@@ -257,7 +284,9 @@ def test_a_sweep_finds_the_lowest_distance_of_each_k(swept: tuple[Path, Path], m
     ]
     plain = found["combinations"][1]["rows"]
     assert [row["frechet_distance"] for row in plain] == [row["frechet_distance"] for row in rows(measured)]
-    settings = ModelSettings.load(model / "generator")
+    pipeline = ChannelTokPipeline.from_pretrained(model, "cpu")
+    settings = pipeline.settings
+    assert settings.fingerprint == pipeline.fingerprint
     text = (folder / "sweep.md").read_text()
     for place, k in enumerate((2, 7, 16)):
         values = [entry["rows"][place]["frechet_distance"] for entry in found["combinations"]]
@@ -270,20 +299,23 @@ def test_a_sweep_finds_the_lowest_distance_of_each_k(swept: tuple[Path, Path], m
         picture.load()
     assert (folder / "sweep" / "cfg_scale=3.0,temperature=0.5" / "results.json").is_file()
     assert settings.measured["num_samples"] == N
+    for words_ in ("N = 23, against", "12 images", "network demo features", "Fréchet distance (demo features, N = 23"):
+        assert words_ in text
 
 
 def test_settings_are_those_of_the_next_k_that_has_some() -> None:
     cold, warm = SamplingConfig(temperature=0.5), SamplingConfig(temperature=0.9)
-    settings = ModelSettings(by_num_tokens={4: cold, 16: warm}, measured={})
+    settings = ModelSettings(by_num_tokens={4: cold, 16: warm}, fingerprint="", measured={})
     assert [settings.of(k) for k in (1, 4, 5, 16, 17)] == [cold, cold, warm, warm, warm]
-    assert ModelSettings(by_num_tokens={}, measured={}).of(3) == SamplingConfig()
+    assert ModelSettings(by_num_tokens={}, fingerprint="", measured={}).of(3) == SamplingConfig()
 
 
 @pytest.fixture
 def with_settings(pipeline_folder: Path, tmp_path: Path) -> Path:
     shutil.copytree(pipeline_folder, tmp_path / "model")
     chosen = {4: SamplingConfig(temperature=0.5), 16: SamplingConfig(cfg_scale=2, cfg_schedule="linear", top_k=9)}
-    ModelSettings(by_num_tokens=chosen, measured={}).save(tmp_path / "model" / "generator")
+    model = ChannelTokPipeline.from_pretrained(tmp_path / "model", "cpu").fingerprint
+    ModelSettings(by_num_tokens=chosen, fingerprint=model, measured={}).save(tmp_path / "model" / "generator")
     return tmp_path / "model"
 
 
@@ -309,6 +341,33 @@ def test_sample_py_draws_with_the_model_s_settings_unless_told_otherwise(
     pipeline = ChannelTokPipeline.from_pretrained(with_settings, "cpu")
     alone = pipeline([1], drawing.tokens.shape[1], 0, **(vars(SamplingConfig()) | expected))
     assert alone.tokens.tolist() == drawing.tokens.tolist()
+
+
+def test_images_of_several_lengths_are_drawn_as_those_that_go_to_the_end(
+    scripts: ScriptRunner, with_settings: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", with_settings, "--class-labels", 1, 1, "--output-dir", tmp_path, "--num-tokens", 4, 5]
+    assert scripts("sample.py", *flags).code == 0
+    drawing = Drawing.load(tmp_path / "tokens.npz")
+    assert drawing.sampling == SamplingConfig(cfg_scale=2, cfg_schedule="linear", top_k=9)
+
+
+def test_settings_of_other_weights_are_not_used(scripts: ScriptRunner, with_settings: Path, tmp_path: Path) -> None:
+    path = with_settings / "generator" / "sampling.json"
+    path.write_text(path.read_text().replace('"model": "', '"model": "0'))
+    done = scripts("sample.py", "--model", with_settings, "--class-labels", 1, "--output-dir", tmp_path / "drawn")
+    assert done.code == 0
+    assert "measured for other weights" in done.err
+    assert Drawing.load(tmp_path / "drawn" / "tokens.npz").sampling == SamplingConfig()
+
+
+def test_guidance_that_is_given_is_all_new_and_what_else_there_is_stays() -> None:
+    base = SamplingConfig(temperature=0.5, cfg_scale=3, cfg_schedule="interval", cfg_end=0.5)
+    assert base.override({}) == base
+    assert base.override({"cfg_schedule": "constant"}) == SamplingConfig(temperature=0.5)
+    assert base.override({"top_k": 3, "cfg_scale": 2}) == SamplingConfig(temperature=0.5, top_k=3, cfg_scale=2)
+    with pytest.raises(InputError):
+        base.override({"cfg_end": 0.5})
 
 
 def test_in_python_a_prefix_stays_one_whatever_settings_a_model_has(with_settings: Path) -> None:

@@ -59,9 +59,9 @@ class Anchors:
     def summary(self) -> dict[str, Any]:
         """What was found, JSON values; an accuracy is null where classes are not known.
 
-        real: `distance` of one half of the pictures to the other, `images` in a half, `class_accuracy`. shuffled: the
-        accuracy with the same classes in a random order. reconstructions: for each k `num_tokens`, `distance` to the
-        same pictures as they were, `class_accuracy`.
+        images: how many pictures. real: `distance` of one half of them to the other, `images` in either half,
+        `class_accuracy`. shuffled: the accuracy with the same classes in a random order. reconstructions: for each k
+        `num_tokens`, `distance` to the same pictures as they were, `class_accuracy`.
         """
         places = torch.cat(self._shown)
         labels = None if self.labels is None else self.labels[places]
@@ -72,9 +72,10 @@ class Anchors:
         order = torch.randperm(len(places), generator=generator_for(self.seed, 5))
         shuffled = None if labels is None else labels[order]
         return {
+            "images": len(places),
             "real": {
                 "distance": frechet_distance(*self._halves),
-                "images": self._halves[1].count,
+                "images": [half.count for half in self._halves],
                 "class_accuracy": accuracy(0, labels),
             },
             "shuffled": {"class_accuracy": accuracy(0, shuffled)},

@@ -37,6 +37,10 @@ class QualityConfig:
     classifier: str | None = field(
         default=None, metadata={"help": "classifier that tells class accuracy; default: the one of --features"}
     )
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": "JSON file: class folder of the reference -> name of the class; default: the folder's"},
+    )
     max_reference: int | None = field(
         default=None, metadata={"help": "use this many images of a folder, spread evenly; default: all"}
     )

@@ -1,5 +1,8 @@
 """The measurement: the reference, the pass over all samples, and a row of figures for each k."""
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from common.checkpoint import fingerprint, read_json
 from common.errors import InputError
 from common.fid import kernel_distance, kid_subset, precision_and_recall, score_of_logits
 from common.frechet import RunningStatistics, frechet_distance
@@ -24,6 +28,7 @@ from generator.quality.labels import distance_field
 from generator.quality.npz import write_npz
 from generator.quality.parts import Parts
 from generator.quality.reference import (
+    Decoding,
     FolderImages,
     Reference,
     folder_reference,
@@ -32,9 +37,18 @@ from generator.quality.reference import (
     saved_path,
     saved_reference,
 )
-from generator.quality.samples import Eyes, draw_samples, labels_of, open_eyes, pictures_of, save_pictures
+from generator.quality.samples import (
+    Eyes,
+    draw_samples,
+    labels_of,
+    memory_errors,
+    open_eyes,
+    pictures_of,
+    save_pictures,
+)
 from generator.sampling import SamplingConfig
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -71,7 +85,8 @@ def open_subject(config: QualityConfig, team: Team) -> Subject:
     budgets = config.budgets(pipeline.layout.num_channels)
     eyes = open_eyes(config, pipeline.layout.class_names, team.device)
     read = _reference_of(config, pipeline, eyes, budgets)
-    reference, anchors = read() if team.is_main else (None, None)
+    with memory_errors(config):
+        reference, anchors = read() if team.is_main else (None, None)
     return Subject(pipeline=pipeline, eyes=eyes, budgets=budgets, reference=reference, anchors=anchors)
 
 
@@ -83,7 +98,7 @@ def _reference_of(
     if config.save_reference is not None:
         saved_path(config.save_reference)
     if not path.is_dir():
-        for name in ("decode_reference", "anchors", "max_reference"):
+        for name in ("decode_reference", "anchors", "max_reference", "class_names"):
             if getattr(config, name):
                 raise InputError(f"{name} is given, but reference {config.reference} is no folder of images")
 
@@ -94,9 +109,12 @@ def _reference_of(
 
     if path.is_dir():
         images = FolderImages(path, pipeline.tokenizer.config.image_size, config.max_reference)
+        names = read_json(config.class_names) if config.class_names else {}
 
         def read() -> tuple[Reference, dict[str, Any] | None]:
-            known = images.labels if len(images.classes) == pipeline.layout.num_classes else None
+            known = images.labels(pipeline.layout.class_names, names)
+            if config.anchors and eyes.classifier is not None and known is None:
+                logger.warning("%s: folders are not named as the classes; give --class-names for class accuracy", path)
             anchors = Anchors(pipeline, eyes, budgets, known, config.seed) if config.anchors else None
             decode = _through_tokenizer(pipeline) if config.decode_reference else None
             look = anchors.look if anchors else None
@@ -106,18 +124,18 @@ def _reference_of(
         return read
     if path.is_file():
         return lambda: (kept(npz_reference(path, eyes.extractor, config.batch_size)), None)
-    saved = saved_reference(config.reference, eyes.extractor)
-    return lambda: (kept(saved), None)
+    saved_path(config.reference)
+    return lambda: (kept(saved_reference(config.reference, eyes.extractor)), None)
 
 
-def _through_tokenizer(pipeline: ChannelTokPipeline) -> Callable[[Tensor], Tensor]:
+def _through_tokenizer(pipeline: ChannelTokPipeline) -> Decoding:
     tokenizer = pipeline.tokenizer
 
     @torch.no_grad()
     def decode(pictures: Tensor) -> Tensor:
         return pipeline.pictures(tokenizer.tokenize(to_float(pictures).to(tokenizer.device)))
 
-    return decode
+    return Decoding(apply=decode, fingerprint=fingerprint(tokenizer))
 
 
 def measure_quality(
@@ -148,16 +166,23 @@ def measure_quality(
         "network": eyes.extractor.fingerprint,
         "classifier": eyes.classifier.fingerprint if eyes.classifier else None,
         "dtype": config.dtype,
+        "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
         "compile": config.compile,
         "device": team.device.type,
     }
     parts = Parts(Path(config.output_dir) / "parts", settings, subject.budgets, config.num_samples, config.batch_size)
-    parts.begin(write=team.is_main)
-    with logging_redirect_tqdm():
+    parts.begin()
+    if config.num_samples < pipeline.layout.num_classes and team.is_main:
+        logger.warning(
+            "%d samples are fewer than the %d classes: those without a sample count for nothing",
+            config.num_samples, pipeline.layout.num_classes,
+        )  # fmt: skip
+    with logging_redirect_tqdm(), memory_errors(config):
         draw_samples(pipeline, sampling, config, eyes, parts, team, title)
     team.wait()
     if config.save_images:
-        drawn_by = f"{config.model} ({pipeline.fingerprint})"
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        drawn_by = f"{config.model} ({pipeline.fingerprint}), settings {digest}"
         save_pictures(pipeline, parts, Path(config.output_dir) / "images", drawn_by, team)
         team.wait()
     reference = subject.reference
@@ -190,7 +215,7 @@ def _row(k: int, subject: Subject, reference: Reference, parts: Parts, seconds: 
         accuracy = float((parts.column("predicted", k) == truth).double().mean())
     precision, recall = precision_and_recall(features.to(device), reference.features.to(device))
     place = parts.budgets.index(k)
-    field = distance_field(subject.eyes.extractor.is_inception, parts.num_samples, reference.about)
+    field = distance_field(subject.eyes.extractor.name, parts.num_samples, reference.about)
     return {
         "num_tokens": k,
         field: frechet_distance(statistics, reference.statistics),

@@ -5,6 +5,7 @@ Both ways go a batch at a time, so that 50,000 pictures of 256x256, 10 GB, never
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -63,7 +64,7 @@ class NpzPictures:
             with np.load(path, allow_pickle=False) as content:
                 moments = [torch.from_numpy(content[name].astype(np.float64)) for name in MOMENTS if name in content]
                 self.drawn_by = str(content[DRAWN_BY]) if DRAWN_BY in content else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path} is no .npz with pictures in {PICTURES} ({error}); give one") from error
         if kind != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise InputError(f"{path} has {PICTURES} of {kind} {shape}; needed is uint8 (n, height, width, 3)")
@@ -95,7 +96,7 @@ class NpzPictures:
                 rows = min(batch_size, self.count - start)
                 try:
                     content = file.read(rows * pixels)
-                except (OSError, EOFError, zipfile.BadZipFile) as error:
+                except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                     raise InputError(f"{self.path} is damaged ({error}); copy it again") from error
                 if len(content) < rows * pixels:
                     raise InputError(f"{self.path} ends before its picture {start + rows}; copy it again")

@@ -53,13 +53,14 @@ class Parts:
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def begin(self, *, write: bool) -> None:
-        """Check that what is there belongs to this measurement; `write` the settings if nothing is there.
+    def begin(self) -> None:
+        """Check that what is there belongs to this measurement, or write down its settings; before any part is saved.
 
         Raises:
-            InputError: parts of other settings.
+            InputError: parts of other settings, or of unknown ones.
         """
         path = self.folder / SETTINGS
+        there = any(self.folder.glob("part-*"))  # looked for first: whoever writes a part has written settings before
         if path.is_file():
             then = read_json(path)
             for name, value in json.loads(json.dumps(self.settings)).items():
@@ -68,7 +69,9 @@ class Parts:
                         f"{self.folder} was measured with {name} = {then.get(name)}, now it is {value}; "
                         "go on with the same settings, or choose another --output-dir"
                     )
-        elif write:
+        elif there:
+            raise InputError(f"{self.folder} has parts and no {SETTINGS}; remove it, or choose another --output-dir")
+        else:
             write_text(path, json.dumps(self.settings, indent=1))
 
     def samples(self, index: int) -> range:

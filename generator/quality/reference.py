@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from common.errors import InputError
 from common.fid import FEWEST, FeatureExtractor
 from common.frechet import RunningStatistics
 from common.images import UnreadableImageError, load_image
+from common.runtime import leave_signals_to_the_trainer
 from generator.quality.config import QualityConfig
 from generator.quality.npz import NpzPictures
 
@@ -34,8 +35,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class About:
     """Where a reference comes from, for reports: JSON values.
 
-    count: M, pictures behind mean and covariance (None: a file that does not tell). kept: those behind KID, precision
-    and recall. decoded: whether the tokenizer has been over it. drawn_by: the model that drew it, if one did.
+    fingerprint: stands for all pixels as they were prepared, or for the .npz. count: M, pictures behind mean and
+    covariance (None: a file that does not tell). kept: those behind KID, precision and recall. decoded: whether the
+    tokenizer has been over it. drawn_by: the model that drew it, if one did.
     """
 
     name: str
@@ -46,6 +48,14 @@ class About:
     decoded: bool = False
     drawn_by: str | None = None
     unreadable: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Pictures (b 3 H W) uint8 -> what a tokenizer makes of them, and that tokenizer's fingerprint."""
+
+    apply: Callable[[Tensor], Tensor]
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +70,7 @@ class Reference:
 class FolderImages(Dataset[tuple[Tensor | None, str]]):
     """The images below a folder, or `most` of them, spread evenly: (3 size size) uint8, or None and why not.
 
-    `labels`: the place of an image's class folder among all; None where images do not lie in such folders.
+    `in_classes`: whether each lies in a folder of its class; `drawn_by`: the model that drew them, if one did.
     """
 
     def __init__(self, folder: Path, size: int, most: int | None):
@@ -71,19 +81,24 @@ class FolderImages(Dataset[tuple[Tensor | None, str]]):
         count = min(most or len(paths), len(paths))
         self.available = len(paths)
         self.paths = [paths[i * len(paths) // count] for i in range(count)]
-        classes = {path.parent.name for path in paths if path.parent.parent == folder}
-        self.classes = sorted(classes) if all(path.parent.parent == folder for path in paths) else []
-        places = {name: label for label, name in enumerate(self.classes)}
-        self.labels = [places[path.parent.name] for path in self.paths] if places else None
-        mark = next((place / DRAWN_MARK for place in (folder, folder.parent) if (place / DRAWN_MARK).is_file()), None)
+        self.in_classes = all(path.parent.parent == folder for path in paths)
+        marks = [*folder.rglob(DRAWN_MARK), *(place / DRAWN_MARK for place in (folder.parent, folder.parent.parent))]
+        mark = next((path for path in marks if path.is_file()), None)
         self.drawn_by = mark.read_text(encoding="utf-8").strip() if mark else None
 
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for names and sizes of all files, in order."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size};".encode())
-        return digest.hexdigest()[:16]
+    def labels(self, class_names: Sequence[str], folder_names: Mapping[str, str]) -> list[int] | None:
+        """The class of each image, by its folder's name; None where a folder is of no known class.
+
+        Args:
+            class_names: of the model.
+            folder_names: the class name of a folder, where that is not the folder's own.
+        """
+        places = {name: label for label, name in enumerate(class_names)}
+        names = [folder_names.get(path.parent.name, path.parent.name) for path in self.paths]
+        unknown = next((name for name in names if name not in places), None)
+        if not self.in_classes or unknown is not None:
+            return None
+        return [places[name] for name in names]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,7 +111,10 @@ class FolderImages(Dataset[tuple[Tensor | None, str]]):
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[list[int], Tensor]]:
         """Places and pictures (b 3 H W) uint8 of those that can be read, in order; the others are told."""
-        loader: Any = DataLoader(self, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        loader: Any = DataLoader(
+            self, batch_size=batch_size, num_workers=num_workers, collate_fn=list,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )  # fmt: skip
         start = 0
         with tqdm(total=len(self), unit="image", desc="reference", leave=False) as bar:
             for batch in loader:
@@ -136,7 +154,7 @@ def folder_reference(
     images: FolderImages,
     extractor: FeatureExtractor,
     config: QualityConfig,
-    decode: Callable[[Tensor], Tensor] | None,
+    decode: Decoding | None,
     look: Callable[[list[int], Tensor], None] | None,
 ) -> Reference:
     """Read all images of a folder.
@@ -145,27 +163,29 @@ def folder_reference(
         images: the folder.
         extractor: what sees them.
         config: batch size and workers.
-        decode: pictures (b 3 H W) uint8 -> what the tokenizer makes of them; None leaves them alone.
+        decode: what is done to them before; None leaves them alone.
         look: shown places and pictures (b 3 H W) uint8 of each batch, for anchors.
 
     Raises:
         InputError: fewer than 10 readable images.
     """
     found = Collector(extractor.dimensions, len(images), extractor.device)
+    digest = hashlib.sha256()
     for places, pictures in images.batches(config.batch_size, config.num_workers):
-        found.add(extractor.see(pictures if decode is None else decode(pictures))[0].cpu())
+        digest.update(pictures.numpy().data)
+        found.add(extractor.see(pictures if decode is None else decode.apply(pictures))[0].cpu())
         if look is not None:
             look(places, pictures)
     if found.statistics.count < FEWEST:
         raise InputError(f"{images.folder} holds {found.statistics.count} readable images; needed are {FEWEST}")
     preparation = f"upright, shorter side scaled to {images.size} pixels (Lanczos), middle square, 8 bits"
     if decode is not None:
-        preparation += ", then encoded and decoded by the tokenizer at full length"
+        preparation += f", then encoded and decoded at full length by tokenizer {decode.fingerprint}"
     features = found.features()
     return Reference(
         about=About(
             name=images.folder.as_posix(),
-            fingerprint=images.fingerprint(),
+            fingerprint=digest.hexdigest()[:16],
             count=found.statistics.count,
             kept=len(features),
             preparation=preparation,

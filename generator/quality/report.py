@@ -14,9 +14,9 @@ from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
 from common.reports import cell, place, table_head, table_line
 from generator.quality.config import QualityConfig
-from generator.quality.labels import measure_labels
+from generator.quality.labels import against, measure_labels
 from generator.quality.measure import QualityResults, Subject
-from generator.quality.reference import Reference
+from generator.quality.reference import About, Reference
 from generator.quality.samples import labels_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,12 @@ BACKEND = (
 
 
 def content(
-    results: QualityResults, subject: Subject, reference: Reference, config: QualityConfig, command: str
+    results: QualityResults,
+    subject: Subject,
+    reference: Reference,
+    config: QualityConfig,
+    command: str,
+    processes: int,
 ) -> dict[str, Any]:
     """What results.json holds.
 
@@ -44,10 +49,11 @@ def content(
     seconds = parts.seconds()
     return {
         "rows": results.rows,
-        "labels": measure_labels(eyes.extractor.is_inception, parts.num_samples, reference.about)
-        | {"class_accuracy": "class accuracy"},
+        "labels": measure_labels(eyes.extractor.name, parts.num_samples, reference.about),
         "num_samples": parts.num_samples,
-        "samples_by_class": "sample i is of class i mod the number of classes",
+        "samples_by_class": "all classes in one random order, again and again; see parts",
+        "processes": processes,
+        "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
         "reference": asdict(reference.about),
         "anchors": subject.anchors,
         "network": {"name": eyes.extractor.name, "fingerprint": eyes.extractor.fingerprint},
@@ -85,14 +91,6 @@ def _shown(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _against(found: dict[str, Any]) -> str:
-    about = found["reference"]
-    count = "an unknown number of images" if about["count"] is None else f"{about['count']:,} images"
-    notes = ["decoded by the tokenizer"] if about["decoded"] else []
-    notes += [f"drawn by {about['drawn_by']}"] if about["drawn_by"] else []
-    return f"{about['name']}, {count}" + (f", {', '.join(notes)}" if notes else "")
-
-
 def table(found: dict[str, Any]) -> str:
     """results.md: a line for each k, and under it what the figures rest on."""
     shown, model, sampling = _shown(found), found["model"], found["sampling"]
@@ -103,6 +101,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(table_line([str(row["num_tokens"]), *figures, f"{_seconds(row):.3g}"]))
     settings = ", ".join(f"{name} {value}" for name, value in sampling.items())
     about, seconds = found["reference"], found["pass_seconds"]
+    reference = against(About(**about))
     lines += [
         "",
         f"N = {found['num_samples']:,} samples, as many of each of {model['num_classes']} classes (to within one), "
@@ -110,19 +109,26 @@ def table(found: dict[str, Any]) -> str:
         f"decoded from its first tokens: {seconds['draw']:.0f} s of drawing, {seconds['decode']:.0f} s of decoding, "
         f"{seconds['look']:.0f} s in the networks that look.",
         "",
-        f"Reference: {_against(found)}; fingerprint {about['fingerprint']}; {about['unreadable'] or 'none'} "
+        f"Reference: {reference}; fingerprint {about['fingerprint']}; {about['unreadable'] or 'none'} "
         f"unreadable. Prepared: {about['preparation']}. KID, precision and recall compare with {about['kept']:,} of "
         f"them; KID is a mean over 100 subsets of {found['rows'][0]['kid_subset']:,}.",
         "",
         f"Network: {found['network']['name']}, fingerprint {found['network']['fingerprint']}. {found['backend']}. "
-        f"torch-fidelity {found['versions']['torch-fidelity']}; {place(found['machine'], found['versions'])}.",
+        f"torch-fidelity {found['versions']['torch-fidelity']}; {place(found['machine'], found['versions'])}."
+        + (f" Classifier: fingerprint {found['classifier']}." if found["classifier"] else ""),
         "",
         f"Model: {model['image_size']}x{model['image_size']}, C = {model['num_channels']}, {model['num_bits']} bits, "
-        f"fingerprint {model['fingerprint']}.",
+        f"fingerprint {model['fingerprint']}; generator in {found['settings']['dtype']}, pictures in "
+        f"{found['pictures_dtype']}, {found['settings']['batch_size']} samples side by side, {_processes(found)}.",
     ]
     if found["anchors"] is not None:
         lines += _anchor_lines(found)
     return "\n".join([*lines, ""])
+
+
+def _processes(found: dict[str, Any]) -> str:
+    many = "es" if found["processes"] > 1 else ""
+    return f"{found['processes']} process{many}{', compiled' if found['settings']['compile'] else ''}"
 
 
 def _seconds(row: dict[str, Any]) -> float:
@@ -134,20 +140,24 @@ def _anchor_lines(found: dict[str, Any]) -> list[str]:
     anchors = found["anchors"]
     real, shuffled = anchors["real"], anchors["shuffled"]
     distance = f"Fréchet distance ({found['network']['name']})"
-    lines = ["", "## Anchors: the same measures on the reference's own images", ""]
+    about = found["reference"]
+    kind = "drawn" if about["drawn_by"] else "real"
+    count = f"{anchors['images']:,} images"
+    note = "; as they are in the folder, not decoded" if about["decoded"] else ""
+    lines = ["", f"## Anchors: the same measures on the reference's own {count}{note}", ""]
     lines += table_head(["images", distance, "class accuracy"])
     lines.append(
         table_line(
             [
-                f"real, one half against the other ({real['images']:,} each)",
+                f"{kind}, one half against the other ({real['images'][0]:,} and {real['images'][1]:,})",
                 cell(real["distance"], ".3f"),
                 cell(real["class_accuracy"], ".1%"),
             ]
         )
     )
-    lines.append(table_line(["real, classes shuffled", "-", cell(shuffled["class_accuracy"], ".1%")]))
+    lines.append(table_line([f"{kind}, classes shuffled ({count})", "-", cell(shuffled["class_accuracy"], ".1%")]))
     for row in anchors["reconstructions"]:
-        name = f"rebuilt from {row['num_tokens']} tokens, against the same images"
+        name = f"rebuilt from {row['num_tokens']} tokens, against the same {count}"
         lines.append(table_line([name, cell(row["distance"], ".3f"), cell(row["class_accuracy"], ".1%")]))
     return lines
 
@@ -155,7 +165,7 @@ def _anchor_lines(found: dict[str, Any]) -> list[str]:
 def _plots(found: dict[str, Any], folder: Path) -> None:
     """quality.png against k, and time.png against seconds a sample."""
     name, anchors = found["model"]["name"], found["anchors"]
-    about = f"{name}, N = {found['num_samples']:,}, against {_against(found)}"
+    about = f"{name}, N = {found['num_samples']:,}, against {against(About(**found['reference']))}"
     panels, timed = [], []
     for measure, label in _shown(found).items():
         title = f"{label}\n({BETTER.get(measure, 'higher')} is better)"
@@ -171,12 +181,12 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
     options: dict[str, Any] = {"columns": 3, "share_y": False, "log2_x": True}
     save_line_plot(
         panels, folder / "quality.png", title=f"Samples of k tokens\n{about}", x_label="k, tokens drawn",
-        limit_label="real images", **options,
+        limit_label="the reference's own images", **options,
     )  # fmt: skip
     where = place(found["machine"], found["versions"])
     save_line_plot(
         timed, folder / "time.png", title=f"Quality for time\n{about}\n{where}",
-        x_label="milliseconds a sample, drawing and decoding", **options,
+        x_label=f"ms a sample, drawing and decoding, {found['settings']['batch_size']} side by side", **options,
     )  # fmt: skip
 
 
@@ -192,12 +202,22 @@ def _sheet(subject: Subject, results: QualityResults, rows: int, folder: Path) -
     save_png(captioned_table(table_of, names, [f"k={k}" for k in results.parts.budgets]), folder / "samples.png")
 
 
-def write_report(results: QualityResults, subject: Subject, config: QualityConfig, command: str) -> dict[str, Any]:
-    """Write everything into config.output_dir, each file whole, and give back what results.json holds."""
+def write_report(
+    results: QualityResults, subject: Subject, config: QualityConfig, command: str, processes: int
+) -> dict[str, Any]:
+    """Write everything into config.output_dir, each file whole, and give back what results.json holds.
+
+    Args:
+        results: of `measure_quality`.
+        subject: as it was measured.
+        config: all settings but those of sampling.
+        command: what the reader can repeat.
+        processes: how many shared the work.
+    """
     if subject.reference is None:
         raise ValueError("only the main process has the reference")
     folder = Path(config.output_dir)
-    found = content(results, subject, subject.reference, config, command)
+    found = content(results, subject, subject.reference, config, command, processes)
     if config.sheet_samples:
         _sheet(subject, results, config.sheet_samples, folder)
     _plots(found, folder)

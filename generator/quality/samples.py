@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from common.images import save_png, to_pil
 from common.measuring import synchronize
 from common.processes import Team
 from common.runtime import is_out_of_memory
+from common.steps import generator_for
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.config import QualityConfig
 from generator.quality.parts import Part, Parts
@@ -79,8 +81,25 @@ def open_eyes(config: QualityConfig, class_names: Sequence[str], device: torch.d
 
 
 def labels_of(samples: range, num_classes: int) -> list[int]:
-    """The classes of samples: 0, 1, ..., 0, 1, ..., so that every number of samples is balanced but for one."""
-    return [sample % num_classes for sample in samples]
+    """The classes of samples: all classes in one random order, again and again.
+
+    So every number of samples is balanced but for one, and fewer than there are classes are any of them.
+    """
+    order = torch.randperm(num_classes, generator=generator_for(6, num_classes)).tolist()
+    return [order[sample % num_classes] for sample in samples]
+
+
+@contextmanager
+def memory_errors(config: QualityConfig) -> Iterator[None]:
+    """Put what runs out of memory into a user's words."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory with {config.batch_size} pictures side by side; give a smaller --batch-size"
+        ) from error
 
 
 def draw_samples(
@@ -92,33 +111,23 @@ def draw_samples(
     team: Team,
     title: str = "",
 ) -> None:
-    """Write the parts that are missing, of those that fall to this process.
-
-    Raises:
-        InputError: not memory enough for a batch.
-    """
+    """Write the parts that are missing, of those that fall to this process."""
     # dealt out before looking which are there: what one process has written moves nothing to another
     own = range(team.index, len(parts), team.count)
     total = sum(len(parts.samples(index)) for index in own)
     with tqdm(total=total, unit="sample", desc=title or None, disable=not team.is_main, smoothing=0.05) as bar:
-        if config.compile and own:
-            _warm_up(pipeline, sampling, parts.samples(own[0]))
+        is_warm = False
         for index in own:
             if not parts.has(index):
-                try:
-                    parts.save(index, _draw(pipeline, sampling, config.seed, eyes, parts, index))
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise InputError(
-                        f"out of memory with {config.batch_size} samples side by side; give a smaller --batch-size and "
-                        "another --output-dir"
-                    ) from error
+                if not is_warm:
+                    _warm_up(pipeline, sampling, parts.samples(index))
+                    is_warm = True
+                parts.save(index, _draw(pipeline, sampling, config.seed, eyes, parts, index))
             bar.update(len(parts.samples(index)))
 
 
 def _warm_up(pipeline: ChannelTokPipeline, sampling: SamplingConfig, samples: range) -> None:
-    """Compile before a clock runs."""
+    """Compile and capture before a clock runs."""
     labels = labels_of(samples, pipeline.layout.num_classes)
     for step in pipeline.stream(labels, 1, **vars(sampling)):
         pipeline.pictures(step.tokens)
@@ -163,9 +172,19 @@ def pictures_of(pipeline: ChannelTokPipeline, parts: Parts, index: int, k: int) 
 
 
 def save_pictures(pipeline: ChannelTokPipeline, parts: Parts, folder: Path, drawn_by: str, team: Team) -> None:
-    """Write k0032/000000.png and so on for the parts of this process; those that are there already stay."""
-    if team.is_main:
-        write_text(folder / DRAWN_MARK, drawn_by + "\n")
+    """Write k0032/000000.png and so on for the parts of this process; those that are there already stay.
+
+    Raises:
+        InputError: pictures of another drawing, or more than there are samples, are there.
+    """
+    mark = folder / DRAWN_MARK
+    text = f"{drawn_by}\n"
+    if mark.is_file() and mark.read_text(encoding="utf-8") != text:
+        raise InputError(f"{folder} holds pictures of another drawing; remove it, or choose another --output-dir")
+    for k in parts.budgets:
+        if len(list((folder / f"k{k:04d}").glob("*.png"))) > parts.num_samples:
+            raise InputError(f"{folder} holds more than {parts.num_samples} pictures of a k; remove it")
+    write_text(mark, text)
     own = range(team.index, len(parts), team.count)
     for index in tqdm(own, desc="pictures", leave=False, disable=not team.is_main):
         for k in parts.budgets:

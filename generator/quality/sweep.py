@@ -2,20 +2,22 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import resolve_folder, write_text
+from common.checkpoint import write_text
 from common.errors import InputError
+from common.measuring import machine, versions
 from common.plots import save_heat_map
 from common.processes import Team
 from common.reports import table_head, table_line
 from generator.quality.config import QualityConfig, sweep_settings
-from generator.quality.labels import distance_field, measure_labels
+from generator.quality.labels import against, distance_field, measure_labels
 from generator.quality.measure import Subject, measure_quality
-from generator.quality.report import write_report
+from generator.quality.report import PACKAGES, write_report
 from generator.sampling import SamplingConfig
 from generator.settings import SETTINGS_FILE, ModelSettings
 
@@ -47,6 +49,9 @@ def sweep_quality(
     combinations = sweep_settings(config.sweep or [], base)
     if config.write_settings and not Path(config.model).is_dir():
         raise InputError(f"write_settings writes into the model's folder, and {config.model} is none; give a folder")
+    generator = Path(config.model) / "generator"
+    if config.write_settings and not os.access(generator, os.W_OK):
+        raise InputError(f"write_settings writes into {generator}, which is not allowed; give a folder of your own")
     subject = open_it()
     found: list[dict[str, Any]] = []
     for number, settings in enumerate(combinations, 1):
@@ -55,19 +60,21 @@ def sweep_quality(
         sampling = replace(base, **settings)  # type: ignore[arg-type]
         results = measure_quality(subject, sampling, alone, team, f"{title} ({number} of {len(combinations)})")
         if results is not None:
-            write_report(results, subject, alone, command)
+            write_report(results, subject, alone, command, team.count)
             found.append({"settings": settings, "sampling": asdict(sampling), "rows": results.rows})
     if subject.reference is not None:
         _write(found, subject, config, command)
+    team.wait()
 
 
 def _write(found: list[dict[str, Any]], subject: Subject, config: QualityConfig, command: str) -> None:
     if subject.reference is None:
         raise ValueError("only the main process has the reference")
     folder, about = Path(config.output_dir), subject.reference.about
-    is_inception = subject.eyes.extractor.is_inception
-    field = distance_field(is_inception, config.num_samples, about)
-    label = measure_labels(is_inception, config.num_samples, about)[field]
+    network = subject.eyes.extractor
+    field = distance_field(network.name, config.num_samples, about)
+    label = measure_labels(network.name, config.num_samples, about)[field]
+    rests_on = f"N = {config.num_samples:,}, against {against(about)}"
     titles = [title_of(entry["settings"]) for entry in found]
     table = [[float(row[field]) for row in entry["rows"]] for entry in found]
     best = {k: min(range(len(found)), key=lambda i: table[i][place]) for place, k in enumerate(subject.budgets)}
@@ -78,7 +85,11 @@ def _write(found: list[dict[str, Any]], subject: Subject, config: QualityConfig,
         "best": {str(k): found[i]["settings"] for k, i in best.items()},
         "num_samples": config.num_samples,
         "reference": asdict(about),
+        "network": {"name": network.name, "fingerprint": network.fingerprint},
+        "seed": config.seed,
         "model": {"name": config.model, "fingerprint": subject.pipeline.fingerprint},
+        "machine": machine(subject.pipeline.engine.decoder.device),
+        "versions": versions(PACKAGES),
         "command": command,
     }
     lines = [
@@ -93,11 +104,13 @@ def _write(found: list[dict[str, Any]], subject: Subject, config: QualityConfig,
     for i, values in enumerate(table):
         cells = [f"**{v:.3f}**" if best[k] == i else f"{v:.3f}" for k, v in zip(subject.budgets, values, strict=True)]
         lines.append(table_line([titles[i].replace(",", ", "), *cells]))
+    lines += ["", f"{rests_on}; seed {config.seed}; network {network.name}, fingerprint {network.fingerprint}."]
+    lines.append("All settings have the same seeds. Differences as small as those between seeds say nothing.")
     write_text(folder / "sweep.md", "\n".join([*lines, ""]))
     save_heat_map(
         table,
         folder / "sweep.png",
-        title=f"{label}\n{config.model}, the best of each k framed",
+        title=f"{label}, the best of each k framed\n{config.model}, {rests_on}",
         row_labels=[title.replace(",", ", ") for title in titles],
         column_labels=[f"k={k}" for k in subject.budgets],
         framed={(i, place) for place, i in enumerate(best.values())},
@@ -109,8 +122,13 @@ def _write(found: list[dict[str, Any]], subject: Subject, config: QualityConfig,
     if config.write_settings:
         settings = ModelSettings(
             by_num_tokens={k: SamplingConfig(**found[i]["sampling"]) for k, i in best.items()},
-            measured={name: content[name] for name in ("label", "num_samples", "reference", "command")},
+            fingerprint=subject.pipeline.fingerprint,
+            measured={
+                "label": label,
+                "distances": {str(k): table[i][place] for place, (k, i) in enumerate(best.items())},
+                **{name: content[name] for name in ("num_samples", "seed", "reference", "network", "command")},
+            },
         )
-        generator = resolve_folder(config.model) / "generator"
+        generator = Path(config.model) / "generator"
         settings.save(generator)
         logger.info("%s written: sample.py uses these settings from now on", generator / SETTINGS_FILE)
