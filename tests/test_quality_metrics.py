@@ -306,7 +306,7 @@ def test_torch_fidelity_without_the_classifier_s_weights_says_what_to_give(tmp_p
 
 def test_inception_gives_features_and_logits_without_bias(inception_weights: Path) -> None:
     extract = FeatureExtractor(inception_weights)
-    assert (extract.is_inception, extract.name, extract.dimensions) == (True, "Inception", 2048)
+    assert (extract.is_inception, extract.name, extract.dimensions) == (True, "Inception of other weights", 2048)
     assert extract.class_names is None
     features, logits = extract.see(pictures(3, 2, 0, 256))
     assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
