@@ -46,7 +46,8 @@ CLASS_NAMES = [
 # each, so that it can be asked for other things while a script runs; what still runs at its end is killed.
 FORK_SERVER = """
 import json, os, runpy, signal, sys, traceback
-import accelerate, torchvision, generator.session, generator.speed, generator.training, tokenizer.extraction
+import accelerate, torchvision, torch_fidelity
+import generator.quality, generator.session, generator.speed, generator.training, tokenizer.extraction
 
 running, ended = set(), {}
 

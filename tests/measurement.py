@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 N = 23  # no multiple of the batch of 5, nor of 5 classes
+NO_PLOTS = "import generator.quality.report as r; r.save_line_plot = lambda *arguments, **options: None\n"
 TIMES = {"draw_seconds", "decode_seconds", "look_seconds"}
 
 
@@ -26,3 +27,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def classes_of(count: int) -> list[int]:
     """The classes of the first samples of the tiny model's 5, as the run that is tested here has them."""
     return [[3, 1, 0, 4, 2][i % 5] for i in range(count)]
+
+
+def measure(scripts: Any, *flags: Any, before: str = "", **options: Any) -> Any:
+    """Run benchmark.py without the two plots, which take longer than all the rest; conftest's `measured` draws them."""
+    return scripts("benchmark.py", *flags, before=NO_PLOTS + before, **options)

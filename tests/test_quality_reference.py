@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ScriptRunner
-from measurement import N, classes_of, results, rows, words
+from measurement import N, classes_of, measure, results, rows, words
 from PIL import Image
 
 from common.classifier import ClassifierConfig, PictureClassifier
@@ -108,7 +108,7 @@ def test_the_tokenizer_may_go_over_the_reference_and_that_is_said(
     scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     flags = words(pipeline_folder, photographs, classifier, tmp_path)
-    assert scripts("benchmark.py", *flags, "--decode-reference").code == 0
+    assert measure(scripts, *flags, "--decode-reference").code == 0
     found = results(tmp_path)
     label = f"Fréchet distance (demo features, N = {N}, M = 12, reference decoded by the tokenizer)"
     assert found["model"]["fingerprint"].split("-")[0] in found["reference"]["preparation"]
@@ -210,7 +210,7 @@ def test_a_model_s_own_samples_are_at_distance_0_and_never_a_plain_reference(
     assert whole.drawn_by is not None, "the whole output folder"
     assert FolderImages(measured / "images", 32, None).drawn_by == whole.drawn_by
     for name, own in (("archive", measured / "samples-k0007.npz"), ("folder", measured / "images" / "k0007")):
-        done = scripts("benchmark.py", *words(pipeline_folder, own, classifier, tmp_path / name))
+        done = measure(scripts, *words(pipeline_folder, own, classifier, tmp_path / name))
         assert done.code == 0, done.err
         found = results(tmp_path / name)
         row = next(row for row in found["rows"] if row["num_tokens"] == 7)
@@ -229,21 +229,21 @@ def test_a_saved_reference_gives_the_same_numbers_without_its_images(
 ) -> None:  # fmt: skip
     cache = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path / 'cache')!r}"
     flags = words(pipeline_folder, photographs, classifier, tmp_path / "first")
-    assert scripts("benchmark.py", *flags, "--save-reference", "val-12", before=cache).code == 0
+    assert measure(scripts, *flags, "--save-reference", "val-12", before=cache).code == 0
     flags = words(pipeline_folder, Path("val-12"), classifier, tmp_path / "second")
-    done = scripts("benchmark.py", *flags, before=cache)
+    done = measure(scripts, *flags, before=cache)
     assert done.code == 0, done.err
     assert rows(tmp_path / "second") == rows(measured)
     assert results(tmp_path / "second")["reference"] == results(measured)["reference"]
     other = tmp_path / "other.safetensors"
     PictureClassifier(ClassifierConfig(classifier_size=32, widths=[8, 16]), ["hen"]).save(other)
-    done = scripts("benchmark.py", *words(pipeline_folder, Path("val-12"), other, tmp_path / "third"), before=cache)
+    done = measure(scripts, *words(pipeline_folder, Path("val-12"), other, tmp_path / "third"), before=cache)
     assert done.code == 2
     assert "val-12 was seen by demo features" in done.err
-    done = scripts("benchmark.py", *words(pipeline_folder, Path("val"), other, tmp_path / "third"), before=cache)
+    done = measure(scripts, *words(pipeline_folder, Path("val"), other, tmp_path / "third"), before=cache)
     assert done.code == 2
     assert "saved are: val-12" in done.err
-    done = scripts("benchmark.py", *flags, "--anchors", before=cache)
+    done = measure(scripts, *flags, "--anchors", before=cache)
     assert done.code == 2
     assert "anchors is given, but reference val-12 is no folder" in done.err
 
@@ -271,7 +271,7 @@ def swept(
     folder = tmp_path_factory.mktemp("sweep")
     shutil.copytree(pipeline_folder, folder / "model")
     flags = words(folder / "model", photographs, classifier, folder / "out")
-    done = scripts("benchmark.py", *flags, "--sweep", "cfg_scale=1,3", "temperature=0.5,1", "--write-settings")
+    done = measure(scripts, *flags, "--sweep", "cfg_scale=1,3", "temperature=0.5,1", "--write-settings")
     assert done.code == 0, done.err
     return folder / "model", folder / "out"
 
