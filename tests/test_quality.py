@@ -87,6 +87,8 @@ def test_several_processes_measure_what_one_does(
     done = measure(scripts, *words(pipeline_folder, photographs, classifier, tmp_path), processes=2)
     assert done.code == 0, done.err
     assert rows(tmp_path) == rows(measured)
+    assert "13/13" in done.err, "the first has parts 0, 2 and 4"
+    assert "23/23" not in done.err
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from common.errors import InputError
+from common.errors import InputError, check_num_tokens
 from common.fid import FEWEST
 from generator.sampling import SamplingConfig
 
@@ -78,11 +78,8 @@ class QualityConfig:
     output_dir: str = field(default="runs/fid", metadata={"help": "folder for results.json, results.md and pictures"})
 
     def __post_init__(self) -> None:
-        numbers = self.num_tokens
-        if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
-            raise InputError(f"num_tokens is {numbers}; give one or more values, each once")
-        if min(numbers or [1]) < 1:
-            raise InputError(f"num_tokens has {min(numbers or [])}; it must be at least 1")
+        if self.num_tokens is not None:
+            check_num_tokens(self.num_tokens)
         least = {
             "num_samples": FEWEST, "batch_size": 1, "seed": 0,
             "max_reference": FEWEST, "num_workers": 0, "sheet_samples": 0,

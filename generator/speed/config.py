@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from common.errors import InputError
+from common.errors import InputError, check_list
 from common.runtime import DTYPES
 from generator.config import TokenLayout
 from generator.speed.samplers import SAMPLERS
@@ -41,8 +41,7 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "dtype", "cfg_scale", "samplers"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {values}; give one or more values, each once")
+            check_list(name, values)
         for name, allowed in (("dtype", tuple(DTYPES)), ("samplers", SAMPLERS)):
             for value in getattr(self, name):
                 if value not in allowed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LlamaForCausalLM
 
-from common.errors import InputError
+from common.errors import InputError, check_list
 from common.runtime import DTYPES, has_fast_bfloat16
 from generator.config import GENERATOR_SIZES, TokenLayout
 
@@ -64,8 +64,7 @@ class TrainSpeedConfig:
         ):
             if values is None:
                 continue
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {values}; give one or more values, each once")
+            check_list(name, values)
             for value in values:
                 if allowed is not None and value not in allowed:
                     raise InputError(f"{name} has {value!r}; allowed: {', '.join(allowed)}")

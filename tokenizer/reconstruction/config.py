@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.errors import InputError
+from common.errors import InputError, check_num_tokens
 from common.runtime import DTYPES
 from tokenizer.metrics import check_ssim_size, evaluation_lengths
 
@@ -49,11 +49,8 @@ class ReconstructionConfig:
     )
 
     def __post_init__(self) -> None:
-        numbers = self.num_tokens
-        if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
-            raise InputError(f"num_tokens is {numbers}; give one or more values, each once")
-        if min(numbers or [1]) < 1:
-            raise InputError(f"num_tokens has {min(numbers or [])}; it must be at least 1")
+        if self.num_tokens is not None:
+            check_num_tokens(self.num_tokens)
         least = {"max_images": 1, "batch_size": 1, "num_workers": 0, "curve_images": 0, "sheet_images": 0}
         for name, smallest in least.items():
             value = getattr(self, name)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from common.errors import InputError
+from common.errors import InputError, check_list
 from common.runtime import DTYPES
 
 BASELINE = ("eager", "float32")
@@ -55,8 +55,7 @@ class ThroughputConfig:
                 if value not in allowed:
                     raise InputError(f"{name} has {value!r}; allowed: {', '.join(allowed)}")
         for name, given in (("variants", self.variants), ("dtype", self.dtype), ("batch_size", self.batch_size)):
-            if not given or len(set(given)) < len(given):
-                raise InputError(f"{name} is {given}; give one or more values, each once")
+            check_list(name, given)
         if min(self.batch_size) < 1:
             raise InputError(f"batch_size has {min(self.batch_size)}; it must be at least 1")
         if self.repeats < 1:
