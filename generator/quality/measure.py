@@ -65,7 +65,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityResults:
-    """What was found: rows, see `_row`; samples of the sheet as tokens (b k); seconds of this session alone."""
+    """What was found: rows, see `_row`; the parts they were taken from; seconds of this session alone."""
 
     rows: list[Row]
     sampling: SamplingConfig

@@ -51,7 +51,7 @@ def content(
         "rows": results.rows,
         "labels": measure_labels(eyes.extractor.name, parts.num_samples, reference.about),
         "num_samples": parts.num_samples,
-        "samples_by_class": "all classes in one random order, again and again; see parts",
+        "samples_by_class": "all classes in one random order, again and again; --save-npz writes them down (arr_1)",
         "processes": processes,
         "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
         "reference": asdict(reference.about),
