@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import cli, runtime
-from common.checkpoint import fingerprint, folder_written_whole, read_json, save_pretrained_whole
+from common.checkpoint import folder_written_whole, read_json, save_pretrained_whole
 from common.errors import InputError
 from common.processes import Team, team
 from generator.tokens import StoreHeader, TokenStore
@@ -68,7 +68,7 @@ def check(folder: str) -> None:
     except InputError as error:
         problems.append(str(error))
     else:
-        made = (fingerprint(tokenizer), tokenizer.config.num_channels, tokenizer.config.num_bits)
+        made = (tokenizer.token_fingerprint(), tokenizer.config.num_channels, tokenizer.config.num_bits)
         wanted = (header.tokenizer_fingerprint, header.num_channels, header.num_bits)
         if made != wanted:
             problems.append(
@@ -105,7 +105,7 @@ def extract(config: ExtractionConfig, data: DataConfig, workers: Team) -> None:
     names = read_json(config.class_names) if config.class_names else {}
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
     header = StoreHeader(
-        tokenizer_fingerprint=fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer.token_fingerprint(),
         num_channels=tokenizer.config.num_channels,
         num_bits=tokenizer.config.num_bits,
         class_names=[str(names.get(name, name)) for name in train.classes],

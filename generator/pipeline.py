@@ -142,13 +142,13 @@ class ChannelTokPipeline:
                 raise InputError(f"{folder} has no folder {part}/; give a folder with tokenizer/ and generator/")
         tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
         model, layout = load_generator(folder / "generator", dtype)
-        made_by = fingerprint(tokenizer)
+        made_by = tokenizer.token_fingerprint()
         if made_by != layout.tokenizer_fingerprint:
             raise InputError(
                 f"{folder}: the generator was trained on tokens of tokenizer {layout.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
-        model_fingerprint = f"{made_by}-{files_fingerprint(folder / 'generator')}"
+        model_fingerprint = f"{fingerprint(tokenizer)}-{files_fingerprint(folder / 'generator')}"
         engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
         tokenizer = move(tokenizer, target)
         settings = ModelSettings.load(folder / "generator", model_fingerprint)

@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.models import vgg16
 from transformers import LlamaForCausalLM
 
-from common.checkpoint import fingerprint, folder_written_whole, save_pretrained_whole
+from common.checkpoint import folder_written_whole, save_pretrained_whole
 from common.classifier import ClassifierConfig, PictureClassifier
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
@@ -260,7 +260,7 @@ def tiny_layout(tiny_tokenizer: ChannelTokenizer) -> TokenLayout:
         num_channels=16,
         num_bits=6,
         class_names=CLASS_NAMES,
-        tokenizer_fingerprint=fingerprint(tiny_tokenizer),
+        tokenizer_fingerprint=tiny_tokenizer.token_fingerprint(),
         has_null_label=True,
     )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny_store import header
 
-from common.checkpoint import fingerprint, save_pretrained_whole
+from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from generator import tokens as store_side
 from generator.token_data import TokenDataset
@@ -274,7 +274,7 @@ def test_every_problem_is_told_and_the_reader_finds_them_too(
     for name, problem in (
         ("train-00001.tokens.npy", "damaged"),
         ("train-00003.labels.npy", "missing"),
-        ("train-00005.json", f"of the tokenizer {fingerprint(tiny_tokenizer)}"),
+        ("train-00005.json", f"of the tokenizer {tiny_tokenizer.token_fingerprint()}"),
         ("val-00000.labels.npy", "damaged"),
         ("val-00001.json", "missing"),
     ):
@@ -310,7 +310,7 @@ def test_another_tokenizer_in_the_store_is_told(
     shutil.copytree(pipeline_folder / "tokenizer", store / "tokenizer")
     code, lines = verified(scripts, store)
     assert code == 2
-    assert f"is the tokenizer {fingerprint(tiny_tokenizer)}" in lines[-2]
+    assert f"is the tokenizer {tiny_tokenizer.token_fingerprint()}" in lines[-2]
     assert "problems found: 1" in lines[-1]
 
 

@@ -164,7 +164,7 @@ def test_another_tokenizer_is_refused(pipeline_folder: Path, tmp_path: Path) -> 
     shutil.copytree(pipeline_folder, folder)
     tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
     with torch.no_grad():
-        next(tokenizer.decoder.parameters()).flatten()[0] += 1e-6
+        next(tokenizer.encoder.parameters()).flatten()[0] += 1e-6
     save_pretrained_whole(tokenizer, folder / "tokenizer")
     with pytest.raises(InputError, match="tokenizer") as caught:
         ChannelTokPipeline.from_pretrained(folder)

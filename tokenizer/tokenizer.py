@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.checkpoint import from_pretrained_strictly, load_foreign_state
+from common.checkpoint import fingerprint, from_pretrained_strictly, load_foreign_state
 from common.errors import InputError
 from tokenizer.autoencoder import Decoder, Encoder
 from tokenizer.bsq import (
@@ -78,7 +78,7 @@ class ChannelTokenizer(PreTrainedModel):
         self.decoder = Decoder(config)
         self.post_init()
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         """Keep PyTorch's own initialisation of each layer (transformers would draw normals of 0.02)."""
 
     def forward(self, images: Tensor, keep: Tensor) -> TrainingOutput:
@@ -111,6 +111,18 @@ class ChannelTokenizer(PreTrainedModel):
     def tokenize(self, images: Tensor) -> Tensor:
         """Images (b 3 H W) in [-1, 1] -> tokens (b c), int64 in [0, codebook_size)."""
         return pack_bits(self.quantize(self.encode(images)))
+
+    @property
+    def reader(self) -> nn.ModuleDict:
+        """What makes tokens of images: the encoder and the projection to bits. All other weights draw."""
+        return nn.ModuleDict({"encoder": self.encoder, "project_in": self.quantizer.project_in})
+
+    def token_fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the tokens this tokenizer makes.
+
+        Those of the reader's weights: a decoder that is trained further draws the same tokens better.
+        """
+        return fingerprint(self.reader)
 
     def lookup(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Tokens (b k) -> the latents (b c h w) that the decoder receives, missing channels exactly 0.

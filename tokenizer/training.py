@@ -3,7 +3,7 @@
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ PICTURE_ROWS = 8
 class TokenizerTrainingConfig(LoopConfig):
     """Settings of train_tokenizer.py beside the model's, the loss's and the tail drop's."""
 
+    init_from: str | None = field(
+        default=None, metadata={"help": "begin with the weights of a trained tokenizer; its sizes are taken over, too"}
+    )
+    frozen_encoder: bool = field(
+        default=False, metadata={"help": "train only what draws, so that tokens stay those of --init-from"}
+    )
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
     validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
@@ -46,6 +52,31 @@ class TokenizerTrainingConfig(LoopConfig):
         super().__post_init__()
         if self.validation_images < 1:
             raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
+        if self.frozen_encoder and self.init_from is None:
+            raise InputError("frozen_encoder keeps the tokens of a trained tokenizer; give that as init_from")
+
+
+def start_from(init_from: str | None, size: TokenizerConfig) -> ChannelTokenizer:
+    """A fresh tokenizer of this size, or a trained one.
+
+    Args:
+        init_from: a folder that `train_tokenizer.py` wrote, or a name on the Hugging Face hub; None: a fresh one.
+        size: as the user gave it; with a trained one, each field is its own or the default.
+
+    Raises:
+        InputError: a tokenizer that cannot be read, or of another size than was asked for.
+    """
+    if init_from is None:
+        return ChannelTokenizer(size)
+    model = ChannelTokenizer.from_pretrained(init_from)
+    given, found, default = (config.architecture() for config in (size, model.config, TokenizerConfig()))
+    for name, value in given.items():
+        if value not in (found[name], default[name]):
+            raise InputError(
+                f"{name} is {value}, but init_from {init_from} has {found[name]}; "
+                "leave the size out, it is the tokenizer's"
+            )
+    return model
 
 
 def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path) -> None:
@@ -77,6 +108,8 @@ def train_tokenizer(
     train_source, val_source = open_source(data, "train"), open_source(data, "val")
     accelerator = make_accelerator(training)
     output_dir = Path(training.output_dir)
+    model = start_from(training.init_from, model_config)
+    model_config = cast("TokenizerConfig", model.config)
     identity = {
         "model": model_config.architecture(),
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
@@ -87,8 +120,8 @@ def train_tokenizer(
     }
     gan.check_image_size(model_config.image_size)
     memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
-    model = ChannelTokenizer(model_config)
     nn.Module.to(model, memory_format=memory_format)
+    model.reader.requires_grad_(not training.frozen_encoder)
     objective = TokenizerObjective(loss_config, tail_drop, gan, accelerator.device)
     opponent = objective.opponent(memory_format)
     if training.compile:
