@@ -1,7 +1,6 @@
 """Train a generator on a token store: see `--help`, configs/ and docs/training.md."""
 
 from common import cli, runtime
-from common.checkpoint import fingerprint
 from common.errors import InputError
 from generator.config import GeneratorConfig
 from generator.tokens import TokenStore
@@ -15,7 +14,7 @@ def main() -> None:
     training, size = cli.parse(GeneratorTrainingConfig, GeneratorConfig, description=__doc__)
     store = TokenStore.open(training.tokens)
     tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
-    if fingerprint(tokenizer) != store.header.tokenizer_fingerprint:
+    if tokenizer.token_fingerprint() != store.header.tokenizer_fingerprint:
         raise InputError(f"{store.tokenizer_folder} is not the tokenizer that made these tokens; extract them again")
     train_generator(training, size, lambda device: runtime.move(tokenizer, device).detokenize, cli.command_line())
 

@@ -1,5 +1,6 @@
 """What training minimises: the cross-entropy of every token, computed inside the module that is wrapped and sharded."""
 
+import copy
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from generator.config import TokenLayout
+from generator.shared_rows import SharedRows
 
 WEIGHTINGS = ("none", "linear", "exponential")
 Weighting = Literal["none", "linear", "exponential"]
@@ -29,9 +31,9 @@ def position_weights(kind: Weighting, num_channels: int) -> Tensor:
     return weights / weights.mean()
 
 
-def _nats(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Hidden states (r d), targets (r,) -> cross-entropy over all rows of the head, (r,) float32."""
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _nats(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Hidden states (r d), the head's rows (v d), targets (r,) -> cross-entropy over all rows, (r,) float32."""
+    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
 
 
 class NextTokenNats(nn.Module):
@@ -47,6 +49,7 @@ class NextTokenNats(nn.Module):
         chunk: tokens whose logits exist at a time; 0 = all.
         dropout: share of entries zeroed after the embedding and in the output of every attention and MLP.
         gradient_checkpointing: keep only the inputs of blocks, and compute blocks again in the backward pass.
+        bit_groups: groups of a code's bits that have rows of their own, see `SharedRows`; 0 = none.
     """
 
     def __init__(
@@ -57,22 +60,25 @@ class NextTokenNats(nn.Module):
         chunk: int = 0,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        bit_groups: int = 0,
     ):
         super().__init__()
-        self.llama, self.layout, self.chunk = llama, layout, chunk
+        self.llama, self.layout, self.chunk, self.dropout = llama, layout, chunk, dropout
         self._nats = _nats
         if gradient_checkpointing:
             # the name that transformers gave it in 5.18, and the one it had before
             new = hasattr(llama, "activation_checkpointing_enable")
             enable = llama.activation_checkpointing_enable if new else llama.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self.shared: nn.ModuleDict | None = None
+        if bit_groups:
+            width = llama.config.hidden_size
+            self.shared = nn.ModuleDict({name: SharedRows(layout, bit_groups, width) for name in ("input", "head")})
         if dropout:
             # by hooks, so that what is saved stays a plain Llama
-            dropped = [llama.model.embed_tokens]
             for block in llama.model.layers:
-                dropped += [block.self_attn.o_proj, block.mlp.down_proj]
-            for module in dropped:
-                module.register_forward_hook(_Dropout(dropout))
+                for module in (block.self_attn.o_proj, block.mlp.down_proj):
+                    module.register_forward_hook(_Dropout(dropout))
 
     def compile_blocks(self) -> None:
         """Compile each block and the loss, in place; as all blocks are alike, that takes as long as one."""
@@ -83,18 +89,30 @@ class NextTokenNats(nn.Module):
     def forward(self, class_labels: Tensor, tokens: Tensor) -> Tensor:
         """Class labels (b,) in [0, null_label] and tokens (b k) -> nats of every token (b k), float32."""
         rows = self.layout.inputs(class_labels, tokens)
-        hidden = self.llama.model(input_ids=rows, use_cache=False).last_hidden_state
+        embedded, head = self.llama.model.embed_tokens(rows), self.llama.lm_head.weight
+        if self.shared is not None:
+            embedded, head = embedded + F.embedding(rows, self.shared["input"]()), head + self.shared["head"]()
+        embedded = F.dropout(embedded, self.dropout, self.training)
+        hidden = self.llama.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         hidden, targets = rearrange(hidden, "b k d -> (b k) d"), rearrange(tokens, "b k -> (b k)")
         if 0 < self.chunk < len(hidden):
             parts = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
-            nats = torch.cat([self._again(part, target) for part, target in parts])
+            nats = torch.cat([self._again(part, head, target) for part, target in parts])
         else:
-            nats = self._nats(hidden, self.llama.lm_head, targets)
+            nats = self._nats(hidden, head, targets)
         return rearrange(nats, "(b k) -> b k", b=len(tokens))
 
-    def _again(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    @torch.no_grad()
+    def plain(self) -> LlamaForCausalLM:
+        """A copy of the Llama that has learned what all of this has: shared rows are added to its own."""
+        plain = copy.deepcopy(self.llama)
+        if self.shared is not None:
+            plain.model.embed_tokens.weight += self.shared["input"]()
+            plain.lm_head.weight += self.shared["head"]()
+        return plain
+
+    def _again(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """`_nats` of a chunk, whose logits are not kept for the backward pass."""
-        head = self.llama.lm_head
         nats: Tensor = checkpoint(self._nats, hidden, head, targets, use_reentrant=False, preserve_rng_state=False)
         return nats
 

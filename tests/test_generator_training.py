@@ -434,7 +434,8 @@ def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
     assert [entry["step"] for entry in log if "evaluation" in entry] == [8, 16, 24]
     assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
     exported = load_file(unbroken / "generator/model.safetensors")
-    assert torch.equal(exported["lm_head.weight"], states[1]["ema.llama.lm_head.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(exported[name], states[1][f"ema.llama.{name}"])
 
 
 def test_killed_and_resumed_is_the_unbroken_run(

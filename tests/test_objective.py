@@ -89,7 +89,8 @@ def test_dropout_drops_its_share_in_training_only_and_is_a_function_of_the_seed(
 ) -> None:
     model = objective(tiny_generator, tiny_layout, dropout=0.25)
     seen: list[Tensor] = []
-    model.llama.model.embed_tokens.register_forward_hook(lambda m, i, out: seen.append(out))
+    first_norm = model.llama.model.layers[0].input_layernorm
+    first_norm.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
     model.train()
     torch.manual_seed(3)
     first = model(*random_tokens(64))
