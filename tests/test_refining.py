@@ -120,3 +120,20 @@ def test_a_frozen_encoder_needs_tokens_to_keep(scripts: ScriptRunner, image_fold
     done = scripts("train_tokenizer.py", *flags)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "give that as init_from" in done.err
+
+
+def test_a_tokenizer_saved_in_bfloat16_is_half_as_large_and_computes_in_float32(
+    refine: Any, refined: Path, tmp_path: Path
+) -> None:
+    done = refine(tmp_path / "run", "--frozen-encoder", "--save-dtype", "bfloat16")
+    assert done.code == 0, done.err
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "run", refined)]
+    assert sizes[0] < 0.6 * sizes[1]
+    model, exact = ChannelTokenizer.from_pretrained(tmp_path / "run"), weights(refined)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, exact[name].bfloat16().float())
+    # from then on the rounded weights are the tokenizer: saved once more, its tokens are the same
+    again = refine(tmp_path / "again", "--frozen-encoder", "--save-dtype", "bfloat16", "--init-from", tmp_path / "run")
+    assert again.code == 0, again.err
+    assert ChannelTokenizer.from_pretrained(tmp_path / "again").token_fingerprint() == model.token_fingerprint()

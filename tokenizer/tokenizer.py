@@ -159,7 +159,11 @@ class ChannelTokenizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """As transformers' own, but strict: a missing, unknown or misshapen weight is an `InputError`."""
+        """As transformers' own, but strict: a missing, unknown or misshapen weight is an `InputError`.
+
+        Weights are float32 unless a `dtype` is given, in whatever format the file has them.
+        """
+        kwargs.setdefault("dtype", torch.float32)
         return from_pretrained_strictly(super().from_pretrained, cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -1,9 +1,10 @@
 """Training the tokenizer: images in, a folder with the averaged model out."""
 
+import copy
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.processes import make_accelerator
-from common.runtime import check_can_compile, leave_signals_to_the_trainer
+from common.runtime import check_can_compile, leave_signals_to_the_trainer, move, pick_dtype
 from common.steps import LoopConfig, Part
 from common.training import Loop, RunTasks, StepLoss
 from tokenizer.config import TokenizerConfig
@@ -40,6 +41,9 @@ class TokenizerTrainingConfig(LoopConfig):
     )
     frozen_encoder: bool = field(
         default=False, metadata={"help": "train only what draws, so that tokens stay those of --init-from"}
+    )
+    save_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "number format of the exported tokenizer's file; it computes in float32"}
     )
     strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
     validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
@@ -184,7 +188,8 @@ def train_tokenizer(
         return {**figures, "unreadable": damaged}
 
     def export(averaged: ChannelTokenizer) -> None:
-        save_pretrained_whole(averaged, output_dir)
+        exported = copy.deepcopy(averaged)
+        save_pretrained_whole(move(exported, dtype=pick_dtype(training.save_dtype)), output_dir)
 
     loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
     if unreadable.names:
