@@ -116,6 +116,7 @@ class Progress:
     sequences: int
     steps: int
     batch_size: int
+    keep_best: bool
 
 
 def write_report(output_dir: Path, journal: Journal, baselines: Baselines, progress: Progress) -> None:
@@ -174,6 +175,7 @@ def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], pr
     device = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
     many = f"{about['processes']} processes on " if about["processes"] > 1 else ""
     step = max(evaluations)
+    exported = min(evaluations, key=lambda step: float(evaluations[step]["nats"])) if progress.keep_best else step
     return "\n".join(
         [
             "# Report of a training run",
@@ -194,6 +196,9 @@ def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], pr
             "| step | nats a token | bits a token | first token, nats | last token, nats |",
             "| --- | --- | --- | --- | --- |",
             *rows,
+            "",
+            f"generator/ has the averaged weights after {exported:,} steps"
+            f"{', the lowest validation loss' if progress.keep_best else ''}.",
             "",
             "Unigram: knows how often each token stands at each position. Uniform: knows nothing.",
             "",

@@ -70,6 +70,9 @@ class GeneratorTrainingConfig(LoopConfig):
     save_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "number format of the exported generator"}
     )
+    keep_best: bool = field(
+        default=False, metadata={"help": "export the weights of the lowest validation loss, not those of the last step"}
+    )
     validation_images: int = field(default=2000, metadata={"help": "images of val that an evaluation uses"})
 
     def __post_init__(self) -> None:
@@ -177,16 +180,25 @@ def train_generator(
         weighted = (nats * weights[:kept]).sum(1).mean() / layout.num_channels
         return StepLoss(terms={"loss": weighted, "nats": nats.mean(), "first": nats[:, 0].mean()})
 
+    latest = math.nan
+
     @torch.no_grad()
     def evaluate(averaged: NextTokenNats, step: int) -> dict[str, Any]:
+        nonlocal latest
         assert baselines is not None and detokenize is not None
         by_position = validation_nats(averaged, held_batches, accelerator)
         figures = baselines.beside(by_position)
         logger.info("step %d: validation %s", step, figures.line())
         draw_sheet(averaged.plain(), layout, detokenize, output_dir / "samples" / f"step-{step:08d}.png")
-        return figures.record()
+        record = figures.record()
+        latest = record["nats"]
+        return record
 
     def export(averaged: NextTokenNats) -> None:
+        best = min((found["nats"] for found in loop.journal.evaluations().values()), default=math.inf)
+        if training.keep_best and latest >= best:
+            logger.info("generator/ stays that of %.4f nats, the lowest so far", best)
+            return
         save_generator(averaged.plain(), layout, output_dir / "generator", training.save_dtype)
 
     def speed(images_per_second: float) -> dict[str, float]:
@@ -208,6 +220,7 @@ def train_generator(
             sequences=len(train_set),
             steps=training.steps,
             batch_size=training.batch_size,
+            keep_best=training.keep_best,
         )
         write_report(output_dir, loop.journal, baselines, progress)
 
