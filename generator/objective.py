@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
+from generator.bit_vectors import BitVectors
 from generator.config import TokenLayout
-from generator.shared_rows import SharedRows
 
 WEIGHTINGS = ("none", "linear", "exponential")
 Weighting = Literal["none", "linear", "exponential"]
@@ -49,7 +49,7 @@ class NextTokenNats(nn.Module):
         chunk: tokens whose logits exist at a time; 0 = all.
         dropout: share of entries zeroed after the embedding and in the output of every attention and MLP.
         gradient_checkpointing: keep only the inputs of blocks, and compute blocks again in the backward pass.
-        bit_groups: groups of a code's bits that have rows of their own, see `SharedRows`; 0 = none.
+        bit_vectors: codes share a vector for each bit, see `BitVectors`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class NextTokenNats(nn.Module):
         chunk: int = 0,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
-        bit_groups: int = 0,
+        bit_vectors: bool = False,
     ):
         super().__init__()
         self.llama, self.layout, self.chunk, self.dropout = llama, layout, chunk, dropout
@@ -70,10 +70,9 @@ class NextTokenNats(nn.Module):
             new = hasattr(llama, "activation_checkpointing_enable")
             enable = llama.activation_checkpointing_enable if new else llama.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.shared: nn.ModuleDict | None = None
-        if bit_groups:
-            width = llama.config.hidden_size
-            self.shared = nn.ModuleDict({name: SharedRows(layout, bit_groups, width) for name in ("input", "head")})
+        width = llama.config.hidden_size
+        self.input_bits = BitVectors(layout, width) if bit_vectors else None
+        self.head_bits = BitVectors(layout, width) if bit_vectors else None
         if dropout:
             # by hooks, so that what is saved stays a plain Llama
             for block in llama.model.layers:
@@ -90,8 +89,8 @@ class NextTokenNats(nn.Module):
         """Class labels (b,) in [0, null_label] and tokens (b k) -> nats of every token (b k), float32."""
         rows = self.layout.inputs(class_labels, tokens)
         embedded, head = self.llama.model.embed_tokens(rows), self.llama.lm_head.weight
-        if self.shared is not None:
-            embedded, head = embedded + F.embedding(rows, self.shared["input"]()), head + self.shared["head"]()
+        if self.input_bits is not None and self.head_bits is not None:
+            embedded, head = embedded + F.embedding(rows, self.input_bits()), head + self.head_bits()
         embedded = F.dropout(embedded, self.dropout, self.training)
         hidden = self.llama.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         hidden, targets = rearrange(hidden, "b k d -> (b k) d"), rearrange(tokens, "b k -> (b k)")
@@ -103,12 +102,24 @@ class NextTokenNats(nn.Module):
         return rearrange(nats, "(b k) -> b k", b=len(tokens))
 
     @torch.no_grad()
+    def begin_with_bits(self) -> None:
+        """Let the codes of a fresh model begin as what their bits say alone, in vectors of the usual size.
+
+        Random rows of their own would first have to be unlearned.
+        """
+        std = self.llama.config.initializer_range * self.layout.num_bits**-0.5
+        for bits, own in ((self.input_bits, self.llama.model.embed_tokens), (self.head_bits, self.llama.lm_head)):
+            if bits is not None:
+                bits.vectors.normal_(std=std)
+                own.weight[: self.layout.codebook_size] = 0
+
+    @torch.no_grad()
     def plain(self) -> LlamaForCausalLM:
-        """A copy of the Llama that has learned what all of this has: shared rows are added to its own."""
+        """A copy of the Llama that has learned what all of this has: its rows have their bits' vectors in them."""
         plain = copy.deepcopy(self.llama)
-        if self.shared is not None:
-            plain.model.embed_tokens.weight += self.shared["input"]()
-            plain.lm_head.weight += self.shared["head"]()
+        if self.input_bits is not None and self.head_bits is not None:
+            plain.model.embed_tokens.weight += self.input_bits()
+            plain.lm_head.weight += self.head_bits()
         return plain
 
     def _again(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:

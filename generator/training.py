@@ -54,10 +54,10 @@ class GeneratorTrainingConfig(LoopConfig):
         metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work, and first "
                   "tokens learn the most"},
     )  # fmt: skip
-    bit_groups: int = field(
-        default=2,
-        metadata={"help": "groups of a token's bits that have rows of their own in embedding and head, added to the "
-                  "token's; learns much faster, and is one plain embedding when saved; 0 = none"},
+    bit_vectors: bool = field(
+        default=True,
+        metadata={"help": "tokens share a vector for each bit, in embedding and head: learns much faster, and is one "
+                  "plain embedding when saved"},
     )  # fmt: skip
     loss_chunk: int = field(
         default=8192, metadata={"help": "tokens whose logits exist at a time, to save memory; 0 = all at once"}
@@ -82,8 +82,6 @@ class GeneratorTrainingConfig(LoopConfig):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.position_weighting not in WEIGHTINGS:
             raise InputError(f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
-        if self.bit_groups < 0:
-            raise InputError(f"bit_groups is {self.bit_groups}; it must be 0 (off) or above")
         if self.loss_chunk < 0:
             raise InputError(f"loss_chunk is {self.loss_chunk}; it must be 0 (off) or above")
         if self.validation_images < 1:
@@ -135,8 +133,10 @@ def train_generator(
         chunk=training.loss_chunk,
         dropout=training.dropout,
         gradient_checkpointing=training.gradient_checkpointing,
-        bit_groups=training.bit_groups,
+        bit_vectors=training.bit_vectors,
     )
+    if training.init_from is None:
+        model.begin_with_bits()
     if training.compile:
         model.compile_blocks()
     seen = (1 + header.num_channels) / 2 if training.prefixes else header.num_channels  # tokens of a sequence, mean
