@@ -151,7 +151,7 @@ def main() -> None:
         return
     path = Path(config.continue_from)
     drawing = Drawing.load(path)
-    drawing.check(path, pipeline.layout, pipeline.fingerprint)
+    drawing.check(path, pipeline.layout, pipeline.tokens_fingerprint)
     request = continued_request(config, given, pipeline, drawing)
     draw_to_folder(pipeline, request, config.output_dir, drawing, path)
 

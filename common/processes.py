@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import InputError
@@ -81,9 +82,12 @@ def _set_up_sharding(accelerator: Accelerator) -> None:
     if plugin.fsdp_version != 2:
         raise InputError("accelerate is set up for FSDP 1; launch with --fsdp_version 2, see docs/cluster/fsdp.yaml")
     offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    by_size = plugin.auto_wrap_policy is size_based_auto_wrap_policy
     refused = {
         "activation_checkpointing": (plugin.activation_checkpointing, "--gradient-checkpointing true"),
         "offload_params": (offloads, "more GPUs"),
+        # it makes a unit of the head alone, whose rows the loss reads directly
+        "auto_wrap_policy SIZE_BASED_WRAP": (by_size, "TRANSFORMER_BASED_WRAP"),
     }
     for name, (asked, instead) in refused.items():
         if asked:

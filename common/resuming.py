@@ -50,9 +50,14 @@ class Checkpoints:
         record = read_json(found[-1] / "training.json")
         then, now = _flat(record["settings"]), _flat(settings)
         for name, value in now.items():
-            if then.get(name) != value:
+            if name not in then:
                 raise InputError(
-                    f"{found[-1]} was trained with {name} = {then.get(name)}, now it is {value}; "
+                    f"{found[-1]} knows no {name}: it was trained with another version of this program; "
+                    "start anew in another output_dir"
+                )
+            if then[name] != value:
+                raise InputError(
+                    f"{found[-1]} was trained with {name} = {then[name]}, now it is {value}; "
                     "resume with the same settings or choose another output_dir"
                 )
         return record["step"], load_tensors(found[-1] / "training.safetensors")

@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
     | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers", "init_from"}
     | {"gradient_checkpointing", "loss_chunk", "micro_batch_size"}  # these trade time for memory
-    | {"save_dtype", "keep_best"}  # these say what is exported
+    | {"save_dtype"}
     | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
 

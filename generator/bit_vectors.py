@@ -30,9 +30,13 @@ class BitVectors(nn.Module):
         shifts = torch.arange(layout.num_bits - 1, -1, -1)  # the first bit is the most significant one
         signs = 2 * (torch.arange(layout.codebook_size)[:, None] >> shifts & 1) - 1
         # classes have no bits
-        rows = F.pad(signs.float(), (0, 0, 0, layout.vocab_size - layout.codebook_size))
-        self.register_buffer("signs", rows, persistent=False)
+        signs = F.pad(signs, (0, 0, 0, layout.vocab_size - layout.codebook_size))
+        self.register_buffer("signs", signs.to(torch.int8), persistent=False)
 
-    def forward(self) -> Tensor:
-        """What bits add to every row of the vocabulary, (v d); zeros for classes."""
-        return self.signs.to(self.vectors.dtype) @ self.vectors
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        """What bits add to these rows of the vocabulary, integers of any shape (...), or to all v: (... d) or (v d).
+
+        Zeros for classes.
+        """
+        signs = self.signs if rows is None else self.signs[rows]
+        return signs.to(self.vectors.dtype) @ self.vectors

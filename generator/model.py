@@ -73,7 +73,8 @@ def start_from(
 def save_generator(model: LlamaForCausalLM, layout: TokenLayout, folder: str | Path, dtype: str = "float32") -> None:
     """Write config.json, channeltok.json and model.safetensors; each appears whole, the weights last."""
     write_text(Path(folder) / CARD_FILE, json.dumps(asdict(layout), indent=1))
-    save_pretrained_whole(move(copy.deepcopy(model), dtype=pick_dtype(dtype)), folder)
+    wanted = pick_dtype(dtype)
+    save_pretrained_whole(model if model.dtype == wanted else move(copy.deepcopy(model), dtype=wanted), folder)
 
 
 def load_layout(folder: str | Path) -> TokenLayout:

@@ -90,7 +90,7 @@ class NextTokenNats(nn.Module):
         rows = self.layout.inputs(class_labels, tokens)
         embedded, head = self.llama.model.embed_tokens(rows), self.llama.lm_head.weight
         if self.input_bits is not None and self.head_bits is not None:
-            embedded, head = embedded + F.embedding(rows, self.input_bits()), head + self.head_bits()
+            embedded, head = embedded + self.input_bits(rows), head + self.head_bits()
         embedded = F.dropout(embedded, self.dropout, self.training)
         hidden = self.llama.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         hidden, targets = rearrange(hidden, "b k d -> (b k) d"), rearrange(tokens, "b k -> (b k)")

@@ -96,6 +96,9 @@ class ChannelTokPipeline:
     Example:
         pipe = ChannelTokPipeline.from_pretrained("weights/demo")
         pipe([3, 7], num_tokens=32, seed=0).images[0].save("out.png")
+
+    Attributes: `fingerprint` stands for all weights; `tokens_fingerprint` for those that decide which tokens are drawn
+    and what they mean: a decoder that was trained further draws the same ones.
     """
 
     def __init__(
@@ -104,10 +107,11 @@ class ChannelTokPipeline:
         engine: Engine,
         pictures: PictureDecoder,
         model_fingerprint: str,
+        tokens_fingerprint: str,
         settings: ModelSettings,
     ):
         self.tokenizer, self.engine, self.pictures = tokenizer, engine, pictures
-        self.fingerprint, self.settings = model_fingerprint, settings
+        self.fingerprint, self.tokens_fingerprint, self.settings = model_fingerprint, tokens_fingerprint, settings
 
     @property
     def layout(self) -> TokenLayout:
@@ -148,11 +152,13 @@ class ChannelTokPipeline:
                 f"{folder}: the generator was trained on tokens of tokenizer {layout.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
-        model_fingerprint = f"{fingerprint(tokenizer)}-{files_fingerprint(folder / 'generator')}"
+        drawn_by = files_fingerprint(folder / "generator")
+        model_fingerprint = f"{fingerprint(tokenizer)}-{drawn_by}"
         engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
         tokenizer = move(tokenizer, target)
         settings = ModelSettings.load(folder / "generator", model_fingerprint)
-        return cls(tokenizer, engine, PictureDecoder(tokenizer, compile=compile), model_fingerprint, settings)
+        pictures = PictureDecoder(tokenizer, compile=compile)
+        return cls(tokenizer, engine, pictures, model_fingerprint, f"{made_by}-{drawn_by}", settings)
 
     def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:
         """How tokens are drawn: what is given, and for all else the model's own settings for drawings of k tokens.

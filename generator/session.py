@@ -253,7 +253,7 @@ def _write(
         class_labels=labels,
         seeds=request.seeds[: len(finals)],
         sampling=request.sampling,
-        fingerprint=pipeline.fingerprint,
+        fingerprint=pipeline.tokens_fingerprint,
     )
     if continued is not None:
         drawing = continued.with_rows(request.rows[: len(finals)], drawing)

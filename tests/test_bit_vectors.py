@@ -52,6 +52,8 @@ def test_a_row_is_the_sum_of_its_bits_vectors_as_the_tokenizer_counts_bits(num_b
         expected = sum((sign * vector for sign, vector in zip(signs[code], bits.vectors, strict=True)), torch.zeros(5))
         assert torch.allclose(rows[code], expected, atol=1e-5)
     assert not rows[2**num_bits :].any()
+    some = torch.tensor([[0, 2**num_bits], [2**num_bits - 1, 1]])
+    assert torch.allclose(bits(some), rows[some], atol=1e-5)
 
 
 @torch.no_grad()

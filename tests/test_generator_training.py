@@ -434,8 +434,9 @@ def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
     assert [entry["step"] for entry in log if "evaluation" in entry] == [8, 16, 24]
     assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
     exported = load_file(unbroken / "generator/model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(exported[name], states[1][f"ema.llama.{name}"])
+    # the embedding and the head have their bits' vectors in them: tests/test_bit_vectors.py
+    for name in exported.keys() - {"model.embed_tokens.weight", "lm_head.weight"}:
+        assert torch.equal(exported[name], states[1][f"ema.llama.{name}"])
 
 
 def test_killed_and_resumed_is_the_unbroken_run(

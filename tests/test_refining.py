@@ -18,6 +18,10 @@ FLAGS = (
     *("--ema-decay", 0.5, "--checkpoint-every", 2, "--evaluate-every", 4, "--validation-images", 4),
     *("--num-workers", 0, "--mixed-precision", "no", "--perceptual", "none", "--entropy-group-bits", 4),
 )
+SIZES = (
+    *("--image-size", 32, "--num-channels", 16, "--patch-size", 2, "--encoder-widths", 32, 32, "--decoder-widths", 32),
+    *("--num-heads", 4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,9 @@ def test_a_generator_draws_the_same_tokens_with_the_refined_decoder_and_another_
     assert torch.equal(first.tokens, second.tokens)
     assert first.images[0].tobytes() != second.images[0].tobytes()
     assert old.fingerprint != new.fingerprint  # what was measured of one is not taken for the other's
+    assert (
+        old.tokens_fingerprint == new.tokens_fingerprint
+    )  # but a drawing that one has begun, the other can go on with
 
 
 def test_a_refinement_that_stopped_goes_on_as_if_it_had_not(refine: Any, refined: Path, tmp_path: Path) -> None:
@@ -105,7 +112,10 @@ def test_without_it_the_whole_tokenizer_goes_on_from_the_weights_that_it_was_giv
     ("flags", "told"),
     [
         (("--num-bits", 5), "num_bits is 5, but init_from"),
+        # the default of another size is another size, too
+        ((*SIZES, "--num-bits", 14), "num_bits is 14, but init_from"),
         (("--init-from", "nowhere/at/all"), "nowhere/at/all"),
+        (("--frozen-encoder", "--save-dtype", "bfloat16"), "save_dtype bfloat16 would round its encoder; take float32"),
     ],
 )
 def test_what_cannot_be_begun_with_is_one_line(refine: Any, tmp_path: Path, flags: tuple[Any, ...], told: str) -> None:
@@ -122,18 +132,17 @@ def test_a_frozen_encoder_needs_tokens_to_keep(scripts: ScriptRunner, image_fold
     assert "give that as init_from" in done.err
 
 
-def test_a_tokenizer_saved_in_bfloat16_is_half_as_large_and_computes_in_float32(
-    refine: Any, refined: Path, tmp_path: Path
-) -> None:
-    done = refine(tmp_path / "run", "--frozen-encoder", "--save-dtype", "bfloat16")
+def test_a_tokenizer_saved_in_bfloat16_is_half_as_large_and_computes_in_float32(refine: Any, tmp_path: Path) -> None:
+    done = refine(tmp_path / "run", "--save-dtype", "bfloat16")
     assert done.code == 0, done.err
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "run", refined)]
+    assert refine(tmp_path / "exact").code == 0
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("run", "exact")]
     assert sizes[0] < 0.6 * sizes[1]
-    model, exact = ChannelTokenizer.from_pretrained(tmp_path / "run"), weights(refined)
+    model, exact = ChannelTokenizer.from_pretrained(tmp_path / "run"), weights(tmp_path / "exact")
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, exact[name].bfloat16().float())
-    # from then on the rounded weights are the tokenizer: saved once more, its tokens are the same
+    # from then on the rounded weights are the tokenizer, and its decoder can be trained further in that format
     again = refine(tmp_path / "again", "--frozen-encoder", "--save-dtype", "bfloat16", "--init-from", tmp_path / "run")
     assert again.code == 0, again.err
     assert ChannelTokenizer.from_pretrained(tmp_path / "again").token_fingerprint() == model.token_fingerprint()

@@ -67,7 +67,7 @@ def test_sample_writes_what_it_promises(scripts: ScriptRunner, pipeline_folder: 
         assert content["num_tokens"].tolist() == [8] * 4
         assert content["class_labels"].tolist() == [0, 0, 2, 2]
         assert content["seeds"].tolist() == [5, 6, 7, 8]
-        assert str(content["fingerprint"]) == pipeline.fingerprint
+        assert str(content["fingerprint"]) == pipeline.tokens_fingerprint
     sketch = pipeline([0, 0, 2, 2], num_tokens=4, seed=5)
     for i in range(4):
         for name, picture in (
@@ -197,7 +197,7 @@ def test_sample_refuses_in_one_line_and_writes_nothing(
     ):
         (tmp_path / name).write_text(text)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
-    fingerprint = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu").fingerprint
+    fingerprint = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu").tokens_fingerprint
     drawn = Drawing(
         tokens=torch.tensor([[5, 6, 7], [1, 0, 0]]), num_tokens=torch.tensor([3, 1]), class_labels=[0, 1],
         seeds=[0, 1], sampling=SamplingConfig(), fingerprint=fingerprint,

@@ -21,6 +21,16 @@ def _stage(in_width: int, out_width: int, num_blocks: int, attention: bool, num_
     return layers
 
 
+def _lapped(config: TokenizerConfig) -> tuple[int, int, int]:
+    """Kernel, stride and padding of a linear path: latent entries see twice their own part, so that no seams show.
+
+    GroupNorm takes brightness and contrast out of a picture, and a network must first learn to put them back; a
+    linear map has them from the first step (a lapped transform, as Malvar and Staelin's of 1989, but learned).
+    """
+    side = config.patches_per_latent
+    return 2 * side, side, side // 2
+
+
 class Encoder(nn.Module):
     """Images (b 3 H W) in [-1, 1] -> latents (b c h w)."""
 
@@ -42,10 +52,14 @@ class Encoder(nn.Module):
         # what is left of the way down is walked at latent width
         halvings = (size // config.latent_size).bit_length() - 1
         self.shrink = nn.Sequential(*(Downsample(config.num_channels) for _ in range(halvings)))
+        self.straight = (
+            nn.Conv2d(3 * config.patch_size**2, config.num_channels, *_lapped(config)) if config.linear_paths else None
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(images, self.patch_size)
-        return self.shrink(self.trunk(patches))
+        latents: Tensor = self.shrink(self.trunk(patches))
+        return latents if self.straight is None else latents + self.straight(patches)
 
 
 class Decoder(nn.Module):
@@ -69,9 +83,16 @@ class Decoder(nn.Module):
                 size *= 2
         layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, 3 * config.patch_size**2, 3, padding=1)]
         self.trunk = nn.Sequential(*layers)
+        self.straight = (
+            nn.ConvTranspose2d(config.num_channels, 3 * config.patch_size**2, *_lapped(config))
+            if config.linear_paths
+            else None
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
-        patches = self.trunk(latents)
+        patches: Tensor = self.trunk(latents)
+        if self.straight is not None:
+            patches = patches + self.straight(latents)
         return F.pixel_shuffle(patches, self.patch_size).tanh()
 
     @property

@@ -19,8 +19,8 @@ class TokenizerConfig(PreTrainedConfig):
     Encoder: space-to-depth by `patch_size`, then len(encoder_widths) - 1 stages with a halving between
     neighbours, then halvings at latent width down to `latent_size`. Decoder: doublings at the last
     width up to 16, then len(decoder_widths) stages with a doubling between neighbours, then
-    depth-to-space by `patch_size`. `patch_size` 1 is the published network; 2 or 4 makes a small one
-    that trains on a CPU. (Paul, Bansal, Goldstein, 2026, arXiv 2606.04461, section 3 and appendix.)
+    depth-to-space by `patch_size`. `patch_size` 1 without `linear_paths` is the published network; 2 or 4 makes a
+    small one that trains on a CPU. (Paul, Bansal, Goldstein, 2026, arXiv 2606.04461, section 3 and appendix.)
 
     Raises:
         InputError: sizes that do not fit one another; the line says which and what is allowed.
@@ -42,6 +42,11 @@ class TokenizerConfig(PreTrainedConfig):
         default_factory=list, metadata={"help": "map sizes at which decoder blocks are followed by attention"}
     )
     middle_attention: bool = field(default=True, metadata={"help": "attention between the two middle blocks"})
+    linear_paths: bool = field(
+        default=False,
+        metadata={"help": "a linear map of overlapping patches beside the encoder and one beside the decoder, for "
+                  "small networks that train briefly"},
+    )  # fmt: skip
     num_heads: int = field(default=8, metadata={"help": "attention heads"})
 
     def __post_init__(self, **kwargs):
@@ -78,6 +83,11 @@ class TokenizerConfig(PreTrainedConfig):
                 f"the decoder gives {self.output_size} pixels for image_size {self.image_size}; "
                 "change the number of decoder_widths or patch_size (each further width doubles the output)"
             )
+        if self.linear_paths and self.patches_per_latent < 2:
+            raise InputError(
+                f"linear_paths overlap by half a patch, which patch_size {self.patch_size} leaves no room for at "
+                f"image_size {self.image_size} and latent_size {self.latent_size}; take a smaller patch_size"
+            )
 
     def architecture(self) -> dict[str, Any]:
         """This class's own fields, without what transformers adds to every configuration."""
@@ -88,6 +98,11 @@ class TokenizerConfig(PreTrainedConfig):
     def codebook_size(self) -> int:
         """Number of different tokens, 2**num_bits."""
         return 2**self.num_bits
+
+    @property
+    def patches_per_latent(self) -> int:
+        """Patches of the space-to-depth along one side of what one entry of a latent channel stands for."""
+        return self.image_size // self.patch_size // self.latent_size
 
     @property
     def latent_upsamplings(self) -> int:

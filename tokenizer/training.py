@@ -60,27 +60,42 @@ class TokenizerTrainingConfig(LoopConfig):
             raise InputError("frozen_encoder keeps the tokens of a trained tokenizer; give that as init_from")
 
 
-def start_from(init_from: str | None, size: TokenizerConfig) -> ChannelTokenizer:
-    """A fresh tokenizer of this size, or a trained one.
+def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
+    """A trained tokenizer.
 
     Args:
-        init_from: a folder that `train_tokenizer.py` wrote, or a name on the Hugging Face hub; None: a fresh one.
-        size: as the user gave it; with a trained one, each field is its own or the default.
+        init_from: a folder that `train_tokenizer.py` wrote, or a name on the Hugging Face hub.
+        size: as the user gave it; must be the tokenizer's own, or the default.
 
     Raises:
         InputError: a tokenizer that cannot be read, or of another size than was asked for.
     """
-    if init_from is None:
-        return ChannelTokenizer(size)
     model = ChannelTokenizer.from_pretrained(init_from)
     given, found, default = (config.architecture() for config in (size, model.config, TokenizerConfig()))
-    for name, value in given.items():
-        if value not in (found[name], default[name]):
-            raise InputError(
-                f"{name} is {value}, but init_from {init_from} has {found[name]}; "
-                "leave the size out, it is the tokenizer's"
-            )
+    if given not in (found, default):
+        different = [name for name in found if given[name] != found[name]]
+        # what the user gave, and not what was left at its default
+        wrong = next((name for name in different if given[name] != default[name]), different[0])
+        raise InputError(
+            f"{wrong} is {given[wrong]}, but init_from {init_from} has {found[wrong]}; "
+            "leave the size out, it is the tokenizer's"
+        )
     return model
+
+
+def rounded(tokenizer: ChannelTokenizer, dtype: str) -> ChannelTokenizer:
+    """A copy in the number format of the file to be."""
+    return move(copy.deepcopy(tokenizer), dtype=pick_dtype(dtype))
+
+
+def check_tokens_stay(tokenizer: ChannelTokenizer, training: TokenizerTrainingConfig) -> None:
+    """Refuse to round an encoder whose tokens are to be kept."""
+    saved = move(rounded(tokenizer, training.save_dtype), dtype=torch.float32)
+    if saved.token_fingerprint() != tokenizer.token_fingerprint():
+        raise InputError(
+            f"frozen_encoder keeps the tokens of {training.init_from}, and save_dtype {training.save_dtype} would "
+            "round its encoder; take float32"
+        )
 
 
 def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path) -> None:
@@ -112,8 +127,13 @@ def train_tokenizer(
     train_source, val_source = open_source(data, "train"), open_source(data, "val")
     accelerator = make_accelerator(training)
     output_dir = Path(training.output_dir)
-    model = start_from(training.init_from, model_config)
-    model_config = cast("TokenizerConfig", model.config)
+    if training.init_from is None:
+        model = ChannelTokenizer(model_config)
+    else:
+        model = start_from(training.init_from, model_config)
+        model_config = cast("TokenizerConfig", model.config)
+    if training.frozen_encoder:
+        check_tokens_stay(model, training)
     identity = {
         "model": model_config.architecture(),
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
@@ -188,8 +208,7 @@ def train_tokenizer(
         return {**figures, "unreadable": damaged}
 
     def export(averaged: ChannelTokenizer) -> None:
-        exported = copy.deepcopy(averaged)
-        save_pretrained_whole(move(exported, dtype=pick_dtype(training.save_dtype)), output_dir)
+        save_pretrained_whole(rounded(averaged, training.save_dtype), output_dir)
 
     loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
     if unreadable.names:

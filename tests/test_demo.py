@@ -1,0 +1,173 @@
+"""docs/demo/make.sh, the road from photographs to a demo model, with a stand-in for Python that only takes notes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import benchmark
+import extract_tokens
+import sample
+import train_tokenizer
+from common import cli
+from generator.config import GeneratorConfig
+from generator.training import GeneratorTrainingConfig
+from tokenizer.sources import DataConfig
+
+REPO = Path(__file__).resolve().parents[1]
+STAGES = ["teacher", "tokenizer", "tokens", "generator", "decoder", "reconstruction", "fid", "sheet"]
+# notes how it was called, and leaves what the real script would; fails where it is told to
+STAND_IN = """#!{python}
+import json, os, signal, sys, time
+from pathlib import Path
+output = Path(sys.argv[sys.argv.index("--output-dir") + 1])
+with open(os.environ["NOTES"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+(output / "generator").mkdir(parents=True, exist_ok=True)
+for name in ("config.json", "model.safetensors", "features.safetensors"):
+    (output / name).write_text(output.name)
+if output.name == os.environ.get("WAITS"):
+    def save(number, frame):
+        (output / "checkpoints/step-00000002").mkdir(parents=True)
+        (output / "signals").open("a").write(f"{number} ")
+    signal.signal(signal.SIGTERM, save)
+    (output / "waits").touch()
+    while not (output / "checkpoints").exists():
+        time.sleep(0.05)
+sys.exit(2 if output.name == os.environ.get("FAILS") else 0)
+"""
+KINDS = {
+    "train_tokenizer.py": train_tokenizer.CONFIGS,
+    "train_ar.py": (GeneratorTrainingConfig, GeneratorConfig),
+    "extract_tokens.py": (extract_tokens.ExtractionConfig, DataConfig),
+    "sample.py": (sample.SampleConfig, sample.SamplingFlags),
+}
+Run = Callable[..., tuple[int, str, list[list[str]]]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Run:
+    """Run it: KIND, with further environment -> exit code, stderr and the calls, each as a list of words."""
+    python, photos, names = tmp_path / "python", tmp_path / "photos", tmp_path / "names.json"
+    python.write_text(STAND_IN.replace("{python}", sys.executable))
+    python.chmod(0o755)
+    for split in ("train", "val"):
+        for label in range(100):
+            (photos / split / str(label)).mkdir(parents=True)
+    names.write_text("{}")
+
+    def run(*words: str, **environment: str) -> tuple[int, str, list[list[str]]]:
+        notes = tmp_path / "notes"
+        notes.unlink(missing_ok=True)
+        given = (
+            [*words, *[str(photos), str(names), str(tmp_path / "out")][len(words) - 1 :]] if len(words) < 4 else words
+        )
+        script = subprocess.Popen(
+            ["bash", REPO / "docs" / "demo" / "make.sh", *given], cwd=REPO, text=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env={**os.environ, "PYTHON": str(python), "NOTES": str(notes), **environment},
+        )  # fmt: skip
+        (tmp_path / "pid").write_text(str(script.pid))
+        _, err = script.communicate(timeout=60)
+        calls = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+        return script.returncode, err, calls
+
+    return run
+
+
+def stages(calls: list[list[str]]) -> list[str]:
+    return [Path(call[call.index("--output-dir") + 1]).name for call in calls]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tiny"])
+def test_every_stage_is_a_command_that_its_script_accepts(make: Run, kind: str, tmp_path: Path) -> None:
+    code, err, calls = make(kind)
+    assert (code, stages(calls)) == (0, STAGES), err
+    for script, *words in calls:
+        if script == "benchmark.py":
+            cli.parse_command({name: flags for name, (_, flags) in benchmark.COMMANDS.items()}, argv=words)
+        else:
+            cli.parse(*KINDS[script], argv=words)
+    labels = calls[-1][calls[-1].index("--class-labels") + 1 : calls[-1].index("--seed")]
+    assert labels == [str(label) for label in range(0, 100, 5)]
+    # what a stage reads, an earlier one has made
+    made = tmp_path / "out"
+    for i, call in enumerate(calls):
+        for word in call[: call.index("--output-dir")]:
+            if word.startswith(str(made)):
+                assert word.removeprefix(f"{made}/").split("/")[0] in [*STAGES[:i], "model"]
+    assert (made / "model/tokenizer/model.safetensors").read_text() == "decoder"
+    assert (made / "model/generator").is_dir()
+    assert [line.split(":")[0] for line in (made / "times.txt").read_text().splitlines()] == STAGES
+
+
+def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(make: Run, tmp_path: Path) -> None:
+    code, _, calls = make("tiny", FAILS="generator")
+    assert (code, stages(calls)) == (2, STAGES[:4])
+    assert "--resume" not in calls[-1]
+    (tmp_path / "out/generator/checkpoints/step-00000002").mkdir(parents=True)
+    code, _, calls = make("tiny")
+    assert (code, stages(calls)) == (0, STAGES[3:])
+    assert ["--resume" in call for call in calls] == [True, *[False] * 4]
+    assert make("tiny")[::2] == (0, [])
+
+
+def test_it_stops_when_its_time_is_over(make: Run) -> None:
+    code, err, calls = make("tiny", MINUTES="0")
+    assert (code, calls) == (3, [])
+    assert err == "out of time in stage teacher; the same command goes on\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_once_and_the_stage_goes_on_later(make: Run, tmp_path: Path, number: int) -> None:
+    def send() -> None:
+        while not (tmp_path / "out/tokenizer/waits").exists():
+            time.sleep(0.05)
+        (script,) = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
+        os.kill(script, number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    code, _, calls = make("tiny", WAITS="tokenizer")
+    sender.join()
+    assert (code, stages(calls)) == (130, STAGES[:2])
+    assert (tmp_path / "out/tokenizer/signals").read_text() == f"{signal.SIGTERM.value} "
+    assert not (tmp_path / "out/tokenizer.done").exists()
+    code, _, calls = make("tiny")
+    assert (code, stages(calls), "--resume" in calls[0]) == (0, STAGES[1:], True)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_the_stages_fit_one_another(kind: str) -> None:
+    tokenizer, generator, decoder = (
+        yaml.safe_load((REPO / "configs" / name).read_text())
+        for name in (f"{kind}-tokenizer.yaml", f"{kind}-generator.yaml", f"{kind}-decoder.yaml")
+    )
+    assert tokenizer["num_channels"] == 256  # what is measured and shown goes up to that
+    # an encoder that is to stay is not rounded
+    assert tokenizer["save_dtype"] == decoder["save_dtype"] == generator["save_dtype"] == "bfloat16"
+
+
+def test_what_it_cannot_use_is_a_line(make: Run, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    for words, told in (
+        (("tpu",), "KIND is tpu; allowed: cpu, gpu, tiny"),
+        (("cpu", missing), f"{missing} has no train/ and val/"),
+        (("cpu", str(tmp_path / "photos"), missing), f"{missing} is no file"),
+    ):
+        code, err, calls = make(*words)
+        assert (code, calls, err.count("\n")) == (2, [], 1)
+        assert err.startswith(told)
+    assert make("cpu", MINUTES="0.5")[:2] == (2, "MINUTES is 0.5; give a whole number\n")
+    assert not (tmp_path / "out").exists()
+    assert re.match(
+        "bash docs/demo/make.sh KIND PHOTOS NAMES OUTPUT", make("cpu", "a", "b", "c", "d")[1].splitlines()[2].strip()
+    )

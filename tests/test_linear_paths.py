@@ -1,0 +1,112 @@
+"""The linear maps beside a small encoder and decoder."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.errors import InputError
+from tokenizer import ChannelTokenizer, TokenizerConfig
+from tokenizer.decoding import PictureDecoder
+
+SIZES: dict[str, Any] = {
+    "image_size": 32, "num_channels": 8, "num_bits": 6, "patch_size": 2, "encoder_widths": [32, 32],
+    "decoder_widths": [32], "num_heads": 4,
+}  # fmt: skip
+
+
+def tokenizer(**changes: Any) -> ChannelTokenizer:
+    torch.manual_seed(0)
+    return ChannelTokenizer(TokenizerConfig(**(SIZES | {"linear_paths": True} | changes))).eval()
+
+
+def silenced(module: Any) -> Any:
+    """Only the linear path is left: what the network adds is 0."""
+    for layer in reversed(list(module.trunk)):
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            break
+    for convolution in (layer for part in module.children() for layer in part.modules() if part is not module.trunk):
+        if isinstance(convolution, nn.Conv2d) and convolution is not module.straight:
+            nn.init.zeros_(convolution.bias)
+    return module
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@torch.no_grad()
+def test_an_encoders_path_is_linear_and_sees_its_part_and_half_of_each_neighbour() -> None:
+    encoder = silenced(tokenizer().encoder)
+    one, other, origin = random(1, 3, 32, 32), random(1, 3, 32, 32, seed=1), encoder(torch.zeros(1, 3, 32, 32))
+    assert torch.allclose(encoder(one + 2 * other) - origin, encoder(one) + 2 * encoder(other) - 3 * origin, atol=1e-5)
+    changed = (encoder(one) - origin).abs().amax(1)[0]
+    assert changed.min() > 0
+    # a dot of light at (row 9, column 17): entries of 8 pixels, each seeing 4 more on all sides
+    dot = torch.zeros(1, 3, 32, 32)
+    dot[..., 9, 17] = 1
+    seen = (encoder(dot) - origin).abs().amax(1)[0] > 0
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[0:2, 1:3] = True
+    assert torch.equal(seen, expected)
+
+
+@torch.no_grad()
+def test_a_decoders_path_is_linear_before_the_last_function_and_overlaps() -> None:
+    decoder = silenced(tokenizer().decoder)
+    one, other, origin = random(1, 8, 4, 4), random(1, 8, 4, 4, seed=1), decoder(torch.zeros(1, 8, 4, 4)).atanh()
+    both = decoder(one + other).atanh()
+    assert torch.allclose(both - origin, decoder(one).atanh() + decoder(other).atanh() - 2 * origin, atol=1e-4)
+    spot = torch.zeros(1, 8, 4, 4)
+    spot[..., 1, 2] = 1
+    drawn = ((decoder(spot).atanh() - origin).abs().amax(1)[0] > 1e-6).nonzero()
+    assert [drawn.min(0).values.tolist(), drawn.max(0).values.tolist()] == [[4, 12], [19, 27]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 5, 8])
+def test_laws_hold_with_them(k: int, tmp_path: Any) -> None:
+    model = tokenizer()
+    images = random(3, 3, 32, 32)
+    latents = model.quantizer.to_latents(model.quantize(model.encode(images)))
+    latents[:, k:] = 0
+    tokens = model.tokenize(images)
+    assert torch.equal(model.detokenize(tokens[:, :k]), model.decode(latents))  # law 2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ChannelTokenizer.from_pretrained(tmp_path).detokenize(tokens), model.detokenize(tokens))
+    fast = PictureDecoder(model)(tokens[:, :k]).int()
+    plain = ((model.detokenize(tokens[:, :k]) + 1) * 127.5).round().clamp(0, 255).int()
+    assert (fast - plain).abs().max() <= 1
+
+
+def test_they_are_there_when_asked_for_and_only_then() -> None:
+    names = {name for name, _ in tokenizer().named_parameters() if "straight" in name}
+    assert names == {f"{half}.straight.{kind}" for half in ("encoder", "decoder") for kind in ("weight", "bias")}
+    assert not any("straight" in name for name, _ in tokenizer(linear_paths=False).named_parameters())
+
+
+def test_maps_that_cannot_overlap_are_refused() -> None:
+    with pytest.raises(InputError, match="linear_paths overlap by half a patch, which patch_size 4") as caught:
+        TokenizerConfig(**(SIZES | {"linear_paths": True, "latent_size": 16, "image_size": 64, "patch_size": 4}))
+    assert "\n" not in str(caught.value)
+    TokenizerConfig(**(SIZES | {"linear_paths": False, "latent_size": 16, "image_size": 64, "patch_size": 4}))
+
+
+def test_they_are_brought_on_their_way_in_few_steps() -> None:
+    """Random networks of one seed, 40 steps: brightness, which GroupNorm takes away, is there at once with them."""
+    images = (random(64, 3, 1, 1) * 0.8 + 0.2 * random(64, 3, 32, 32, seed=1)).clamp(-1, 1)
+    errors = {}
+    for linear_paths in (False, True):
+        model = tokenizer(linear_paths=linear_paths).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        keep = torch.ones(64, 8, dtype=torch.bool)
+        for _ in range(40):
+            loss = (model(images, keep).images - images).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        errors[linear_paths] = loss.item()
+    assert errors[True] < 0.9 * errors[False]
