@@ -69,7 +69,7 @@ stage() {
 }
 
 # a classifier that is not the one that measures: the decoder's teacher
-stage teacher benchmark.py features --config configs/features.yaml --seed 1 --data-dir "$PHOTOS" \
+stage teacher benchmark.py features --config configs/features.yaml --seed 1 --steps 2500 --data-dir "$PHOTOS" \
     --class-names "$NAMES" --output-dir "$OUTPUT/teacher" "${TINY[@]}"
 stage tokenizer train_tokenizer.py --config $CONFIG-tokenizer.yaml --data-dir "$PHOTOS" \
     --output-dir "$OUTPUT/tokenizer" "${FEWER[@]}"
