@@ -162,6 +162,23 @@ def test_shards_that_a_launcher_asks_for_in_vain_are_refused(train: Train, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "asked", "named"),
+    [
+        ('"transformer_based_wrap"', '"size_based_wrap"', "fsdp_auto_wrap_policy SIZE_BASED_WRAP"),
+        ("fsdp_version=2", "fsdp_version=2, activation_checkpointing=True", "fsdp_activation_checkpointing"),
+        ("fsdp_version=2", "fsdp_version=2, cpu_offload=True", "fsdp_offload_params"),
+    ],
+)
+def test_ways_of_sharding_that_do_not_go_with_the_loss_are_refused(
+    train: Train, tmp_path: Path, given: str, asked: str, named: str
+) -> None:
+    done = train(tmp_path / "run", before=SHARDED.replace(given, asked))
+    assert done.code == 2, done.err
+    assert f"accelerate is set up with {named}; launch without it" in done.err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_sharded_run_is_resumed_by_shards_exactly(train: Train, tmp_path: Path) -> None:
     """In bfloat16, with the weights of the first process given to the others, as accelerate's launcher has it."""
     sharded = SHARDED.replace("fsdp_version=2", "fsdp_version=2, cpu_ram_efficient_loading=True")
