@@ -129,7 +129,8 @@ def test_it_stops_when_its_time_is_over(make: Run) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_passed_on_once_and_the_stage_goes_on_later(make: Run, tmp_path: Path, number: int) -> None:
     def send() -> None:
-        while not (tmp_path / "out/tokenizer/waits").exists():
+        end = time.monotonic() + 50
+        while not (tmp_path / "out/tokenizer/waits").exists() and time.monotonic() < end:
             time.sleep(0.05)
         (script,) = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
         os.kill(script, number)
