@@ -74,6 +74,8 @@ def make(tmp_path: Path) -> Run:
         script = subprocess.Popen(
             ["bash", REPO / "docs" / "demo" / "make.sh", *given], cwd=REPO, text=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, env={**os.environ, "PYTHON": str(python), "NOTES": str(notes), **environment},
+            # a shell that runs in the background ignores Ctrl-C, and so would all that it starts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         (tmp_path / "pid").write_text(str(script.pid))
         _, err = script.communicate(timeout=60)
