@@ -62,7 +62,8 @@ class TokenLayout:
 
     Rows [0, codebook_size) are codes, codebook_size + c is class c, and the last row is the null class.
     A sequence is one class row and then the tokens, coarse to fine. `has_null_label` says whether
-    training dropped labels, so that guidance has an unconditional half to push away from.
+    training dropped labels, so that guidance has an unconditional half to push away from; `first_block_counts`, whether
+    the first block was written down to make positions (`generator.positions`), and stays as it is in further training.
     """
 
     num_channels: int
@@ -70,6 +71,7 @@ class TokenLayout:
     class_names: list[str]
     tokenizer_fingerprint: str
     has_null_label: bool
+    first_block_counts: bool = False
 
     @property
     def codebook_size(self) -> int:

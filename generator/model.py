@@ -24,7 +24,7 @@ def build_generator(config: GeneratorConfig, layout: TokenLayout) -> LlamaForCau
 
 def start_from(
     name_or_path: str | Path, layout: TokenLayout, size: GeneratorConfig
-) -> tuple[LlamaForCausalLM, GeneratorConfig]:
+) -> tuple[LlamaForCausalLM, GeneratorConfig, TokenLayout]:
     """A trained generator with the classes of another data set: their rows are new, all else is kept.
 
     A new class begins as the null class, if the model was trained with one, and otherwise as the mean of
@@ -36,7 +36,7 @@ def start_from(
         size: as the user gave it; must be the model's own, or the default.
 
     Returns:
-        The model, and its size.
+        The model, its size, and the layout with what the model's first block does; if that counts, it is frozen.
 
     Raises:
         InputError: a model of another tokenizer, or of another size than was asked for.
@@ -67,7 +67,8 @@ def start_from(
         start = null if old.has_null_label else classes.mean(0, keepdim=True)
         state[name] = torch.cat([codes, start.expand(layout.num_classes, -1), start])
     fresh.load_state_dict(state)
-    return fresh, found
+    fresh.model.layers[0].requires_grad_(not old.first_block_counts)
+    return fresh, found, dataclasses.replace(layout, first_block_counts=old.first_block_counts)
 
 
 def save_generator(model: LlamaForCausalLM, layout: TokenLayout, folder: str | Path, dtype: str = "float32") -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from generator.bit_vectors import BitVectors
 from generator.config import TokenLayout
+from generator.positions import PositionVectors, with_counting
 
 WEIGHTINGS = ("none", "linear", "exponential")
 Weighting = Literal["none", "linear", "exponential"]
@@ -50,6 +51,7 @@ class NextTokenNats(nn.Module):
         dropout: share of entries zeroed after the embedding and in the output of every attention and MLP.
         gradient_checkpointing: keep only the inputs of blocks, and compute blocks again in the backward pass.
         bit_vectors: codes share a vector for each bit, see `BitVectors`.
+        position_vectors: each position has a vector, see `PositionVectors`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class NextTokenNats(nn.Module):
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         bit_vectors: bool = False,
+        position_vectors: bool = False,
     ):
         super().__init__()
         self.llama, self.layout, self.chunk, self.dropout = llama, layout, chunk, dropout
@@ -73,6 +76,8 @@ class NextTokenNats(nn.Module):
         width = llama.config.hidden_size
         self.input_bits = BitVectors(layout, width) if bit_vectors else None
         self.head_bits = BitVectors(layout, width) if bit_vectors else None
+        scale = llama.config.initializer_range
+        self.positions = PositionVectors(layout.num_channels, width, scale) if position_vectors else None
         if dropout:
             # by hooks, so that what is saved stays a plain Llama
             for block in llama.model.layers:
@@ -91,6 +96,8 @@ class NextTokenNats(nn.Module):
         embedded, head = self.llama.model.embed_tokens(rows), self.llama.lm_head.weight
         if self.input_bits is not None and self.head_bits is not None:
             embedded, head = embedded + self.input_bits(rows), head + self.head_bits()
+        if self.positions is not None:
+            embedded = self.positions(embedded)
         embedded = F.dropout(embedded, self.dropout, self.training)
         hidden = self.llama.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         hidden, targets = rearrange(hidden, "b k d -> (b k) d"), rearrange(tokens, "b k -> (b k)")
@@ -115,12 +122,12 @@ class NextTokenNats(nn.Module):
 
     @torch.no_grad()
     def plain(self) -> LlamaForCausalLM:
-        """A copy of the Llama that has learned what all of this has: its rows have their bits' vectors in them."""
+        """A Llama that has learned what all of this has: its rows have their bits' vectors in them, and it counts."""
         plain = copy.deepcopy(self.llama)
         if self.input_bits is not None and self.head_bits is not None:
             plain.model.embed_tokens.weight += self.input_bits()
             plain.lm_head.weight += self.head_bits()
-        return plain
+        return plain if self.positions is None else with_counting(plain, self.positions.vectors, self.layout)
 
     def _again(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """`_nats` of a chunk, whose logits are not kept for the backward pass."""

@@ -25,6 +25,7 @@ from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
 from generator.objective import WEIGHTINGS, NextTokenNats, Weighting, flops_per_token, position_weights
+from generator.positions import check_can_count
 from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
@@ -59,6 +60,11 @@ class GeneratorTrainingConfig(LoopConfig):
         metadata={"help": "tokens share a vector for each bit, in embedding and head: learns much faster, and is one "
                   "plain embedding when saved"},
     )  # fmt: skip
+    position_vectors: bool = field(
+        default=False,
+        metadata={"help": "the model learns with a vector for each position, and is saved with one block more, which "
+                  "makes them: learns very much faster where steps are few"},
+    )  # fmt: skip
     loss_chunk: int = field(
         default=8192, metadata={"help": "tokens whose logits exist at a time, to save memory; 0 = all at once"}
     )
@@ -82,6 +88,8 @@ class GeneratorTrainingConfig(LoopConfig):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.position_weighting not in WEIGHTINGS:
             raise InputError(f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        if self.position_vectors and self.init_from is not None:
+            raise InputError("position_vectors are for a fresh model, a trained one (init_from) goes on as it is")
         if self.loss_chunk < 0:
             raise InputError(f"loss_chunk is {self.loss_chunk}; it must be 0 (off) or above")
         if self.validation_images < 1:
@@ -116,6 +124,7 @@ def train_generator(
         class_names=header.class_names,
         tokenizer_fingerprint=header.tokenizer_fingerprint,
         has_null_label=training.label_dropout > 0,
+        first_block_counts=training.position_vectors,
     )
     accelerator = make_accelerator(training, can_shard=True)
     if training.compile:
@@ -126,7 +135,9 @@ def train_generator(
     if training.init_from is None:
         llama = build_generator(size, layout)
     else:
-        llama, size = start_from(training.init_from, layout, size)
+        llama, size, layout = start_from(training.init_from, layout, size)
+    if training.position_vectors:
+        check_can_count(llama.config, layout.num_channels)
     model = NextTokenNats(
         llama,
         layout,
@@ -134,6 +145,7 @@ def train_generator(
         dropout=training.dropout,
         gradient_checkpointing=training.gradient_checkpointing,
         bit_vectors=training.bit_vectors,
+        position_vectors=training.position_vectors,
     )
     if training.init_from is None:
         model.begin_with_bits()

@@ -36,7 +36,7 @@ def test_class_rows_are_replaced_and_the_rest_is_kept(
 ) -> None:
     layout = dataclasses.replace(tiny_layout, has_null_label=has_null_label)
     save_generator(tiny_generator, layout, tmp_path / inside)
-    model, size = start_from(str(tmp_path), own_layout, GeneratorConfig(attention_dropout=0.1))
+    model, size, _ = start_from(str(tmp_path), own_layout, GeneratorConfig(attention_dropout=0.1))
     assert size == GeneratorConfig(
         num_layers=2, num_heads=2, hidden_size=32, intermediate_size=64, attention_dropout=0.1
     )
