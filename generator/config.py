@@ -63,7 +63,7 @@ class TokenLayout:
     Rows [0, codebook_size) are codes, codebook_size + c is class c, and the last row is the null class.
     A sequence is one class row and then the tokens, coarse to fine. `has_null_label` says whether
     training dropped labels, so that guidance has an unconditional half to push away from; `first_block_counts`, whether
-    the first block was written down to make positions (`generator.positions`), and stays as it is in further training.
+    the first block was written down to make positions (`generator.positions`).
     """
 
     num_channels: int

@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from common.checkpoint import from_pretrained_strictly, read_json, resolve_folder, save_pretrained_whole, write_text
 from common.errors import InputError
 from common.runtime import move, pick_dtype
 from generator.config import GeneratorConfig, TokenLayout, llama_config
+from generator.positions import without_counting
 
 CARD_FILE = "channeltok.json"
 
@@ -24,7 +26,7 @@ def build_generator(config: GeneratorConfig, layout: TokenLayout) -> LlamaForCau
 
 def start_from(
     name_or_path: str | Path, layout: TokenLayout, size: GeneratorConfig
-) -> tuple[LlamaForCausalLM, GeneratorConfig, TokenLayout]:
+) -> tuple[LlamaForCausalLM, GeneratorConfig, Tensor | None]:
     """A trained generator with the classes of another data set: their rows are new, all else is kept.
 
     A new class begins as the null class, if the model was trained with one, and otherwise as the mean of
@@ -36,7 +38,8 @@ def start_from(
         size: as the user gave it; must be the model's own, or the default.
 
     Returns:
-        The model, its size, and the layout with what the model's first block does; if that counts, it is frozen.
+        The model, its size, and its vectors of positions (C d), if it was saved with a block that makes them. The block
+        is not trained but taken off, to be written anew when the model is saved.
 
     Raises:
         InputError: a model of another tokenizer, or of another size than was asked for.
@@ -59,7 +62,11 @@ def start_from(
             "leave the size out, it is the model's"
         )
     found = dataclasses.replace(found, attention_dropout=size.attention_dropout)
-    fresh = LlamaForCausalLM(llama_config(found, layout))
+    vectors = None
+    if old.first_block_counts:
+        model, vectors = without_counting(model, old.num_channels)
+    inside = dataclasses.replace(found, num_layers=model.config.num_hidden_layers)
+    fresh = LlamaForCausalLM(llama_config(inside, layout))
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = state[name]
@@ -67,8 +74,7 @@ def start_from(
         start = null if old.has_null_label else classes.mean(0, keepdim=True)
         state[name] = torch.cat([codes, start.expand(layout.num_classes, -1), start])
     fresh.load_state_dict(state)
-    fresh.model.layers[0].requires_grad_(not old.first_block_counts)
-    return fresh, found, dataclasses.replace(layout, first_block_counts=old.first_block_counts)
+    return fresh, found, vectors
 
 
 def save_generator(model: LlamaForCausalLM, layout: TokenLayout, folder: str | Path, dtype: str = "float32") -> None:

@@ -29,13 +29,13 @@ from generator.config import TokenLayout
 CLASS_FLAG, CODE_FLAG = 0, 1
 PERIODS = (7.8, 7.8, 45.0, 45.0)  # of the hands: no two of 256 positions are nearer than 0.17 of their spread
 SPARE = 2 + len(PERIODS)
-FLAG = 1024.0  # so large that a row's other entries do not change the norm; exact in bfloat16
+FLAG = 1024.0  # so large that a row's other entries hardly change the norm; exact in bfloat16
 SHARE = FLAG / 64  # a whole share in a spare entry
 MIDDLE, SWING = 0.5, 0.42  # of a share
 MARGIN = 0.3  # of the spread: how far below its position a plane lies at most
 STEEPNESS = 100.0  # of the MLP's functions, over the spread of the shares
 LARGEST_ERROR = 0.01  # of the vectors' squared size; for all but the spare entries
-LARGEST_REST = 0.03  # of FLAG in the spare entries, root mean square
+LARGEST_REST = 0.03  # what stays of FLAG in the spare entries, root mean square
 
 
 class PositionVectors(nn.Module):
@@ -157,7 +157,7 @@ def counting_block(config: Any, vectors: Tensor) -> dict[str, Tensor]:
     found = (F.silu(seen @ gate.T) * (seen @ up.T)).double()
     wanted = vectors.detach().double() - rows
     # what rounding leaves of the first fit is small, and of a second one with other units it leaves as small a part
-    cut = max(len(gate) - length, len(gate) // 2)
+    cut = max(len(gate) - length, len(gate) // 2, 2 * SPARE)
     for units in (slice(0, SPARE), slice(SPARE, 2 * SPARE), slice(2 * SPARE, cut), slice(cut, None)):
         down[:, units] = _fit(found[:, units], wanted).bfloat16().float()
         wanted = wanted - found[:, units] @ down[:, units].double().T
@@ -181,6 +181,11 @@ def check_can_count(config: Any, length: int) -> None:
     if config.num_attention_heads < len(PERIODS):
         raise InputError(
             f"num_heads is {config.num_attention_heads}; position_vectors need {len(PERIODS)} or more, "
+            "or leave position_vectors out"
+        )
+    if config.intermediate_size < 4 * SPARE:
+        raise InputError(
+            f"intermediate_size is {config.intermediate_size}; position_vectors need {4 * SPARE} or more, "
             "or leave position_vectors out"
         )
     rng = torch.Generator().manual_seed(0)
@@ -209,3 +214,26 @@ def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout)
         longer = move(LlamaForCausalLM(config), vectors.device, vectors.dtype)
     longer.load_state_dict(state)
     return longer.train(llama.training)
+
+
+@torch.no_grad()
+def without_counting(llama: LlamaForCausalLM, length: int) -> tuple[LlamaForCausalLM, Tensor]:
+    """What `with_counting` was given: a Llama of one block less, and vectors (length d)."""
+    network: Any = llama.model
+    flags, places = _flags(length, llama.config.hidden_size), torch.arange(length)[None]
+    vectors = network.layers[0](flags, position_embeddings=network.rotary_emb(flags, places), position_ids=places)[0]
+    config = LlamaConfig.from_dict({**llama.config.to_dict(), "num_hidden_layers": llama.config.num_hidden_layers - 1})
+    state = {}
+    for name, weight in llama.state_dict().items():
+        if name.startswith("model.layers."):
+            _, _, number, rest = name.split(".", 3)
+            if number == "0":
+                continue
+            name = f"model.layers.{int(number) - 1}.{rest}"
+        state[name] = weight
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.embed_tokens.weight"][:, :SPARE] = 0
+    with torch.random.fork_rng(devices=[]):
+        shorter = LlamaForCausalLM(config)
+    shorter.load_state_dict(state)
+    return shorter, vectors

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,9 @@ class GeneratorTrainingConfig(LoopConfig):
         if self.position_weighting not in WEIGHTINGS:
             raise InputError(f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
         if self.position_vectors and self.init_from is not None:
-            raise InputError("position_vectors are for a fresh model, a trained one (init_from) goes on as it is")
+            raise InputError(
+                "position_vectors are for a fresh model; a trained one (init_from) has its own, leave them out"
+            )
         if self.loss_chunk < 0:
             raise InputError(f"loss_chunk is {self.loss_chunk}; it must be 0 (off) or above")
         if self.validation_images < 1:
@@ -124,7 +126,6 @@ def train_generator(
         class_names=header.class_names,
         tokenizer_fingerprint=header.tokenizer_fingerprint,
         has_null_label=training.label_dropout > 0,
-        first_block_counts=training.position_vectors,
     )
     accelerator = make_accelerator(training, can_shard=True)
     if training.compile:
@@ -132,10 +133,13 @@ def train_generator(
     output_dir = Path(training.output_dir)
     train_set = TokenDataset(store, "train", training.seed)
     val_set = TokenDataset(store, "val", None)
+    vectors = None
     if training.init_from is None:
         llama = build_generator(size, layout)
     else:
-        llama, size, layout = start_from(training.init_from, layout, size)
+        llama, size, vectors = start_from(training.init_from, layout, size)
+    with_positions = training.position_vectors or vectors is not None
+    layout = replace(layout, first_block_counts=with_positions)
     if training.position_vectors:
         check_can_count(llama.config, layout.num_channels)
     model = NextTokenNats(
@@ -145,15 +149,19 @@ def train_generator(
         dropout=training.dropout,
         gradient_checkpointing=training.gradient_checkpointing,
         bit_vectors=training.bit_vectors,
-        position_vectors=training.position_vectors,
+        position_vectors=with_positions,
     )
+    if model.positions is not None and vectors is not None:
+        model.positions.vectors.data.copy_(vectors)
     if training.init_from is None:
         model.begin_with_bits()
     if training.compile:
         model.compile_blocks()
     seen = (1 + header.num_channels) / 2 if training.prefixes else header.num_channels  # tokens of a sequence, mean
     flops, parameters = flops_per_token(llama, seen), llama.num_parameters()
-    loop = Loop(model, training, accelerator, {"size": asdict(size), "store": asdict(header)})
+    loop = Loop(
+        model, training, accelerator, {"size": asdict(size), "store": asdict(header), "positions": with_positions}
+    )
     main = accelerator.is_main_process
     # only the main process looks at the model; what it looks with need not take room elsewhere
     baselines = Baselines.of(train_set.counts(), val_set.counts()) if main else None

@@ -47,8 +47,7 @@ def parsed(path):
         kinds = (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)
         found = cli.parse(*kinds, argv=["--config", str(path), *NEEDED])
     else:
-        more = ["--init_from", "tokenizer", "--perceptual_weights", "features"] if "decoder" in path.name else []
-        found = cli.parse(*train_tokenizer.CONFIGS, argv=["--config", str(path), *NEEDED, *more])
+        found = cli.parse(*train_tokenizer.CONFIGS, argv=["--config", str(path), *NEEDED])
     return {type(entry).__name__: entry for entry in found}
 
 

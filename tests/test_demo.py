@@ -24,7 +24,7 @@ from generator.training import GeneratorTrainingConfig
 from tokenizer.sources import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["teacher", "tokenizer", "tokens", "generator", "decoder", "reconstruction", "fid", "sheet"]
+STAGES = ["tokenizer", "tokens", "generator", "reconstruction", "fid", "sheet"]
 # notes how it was called, and leaves what the real script would; fails where it is told to
 STAND_IN = """#!{python}
 import json, os, signal, sys, time
@@ -33,8 +33,7 @@ output = Path(sys.argv[sys.argv.index("--output-dir") + 1])
 with open(os.environ["NOTES"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 (output / "generator").mkdir(parents=True, exist_ok=True)
-for name in ("config.json", "model.safetensors", "features.safetensors"):
-    (output / name).write_text(output.name)
+(output / "model.safetensors").write_text(output.name)
 if output.name == os.environ.get("WAITS"):
     def save(number, frame):
         (output / "checkpoints/step-00000002").mkdir(parents=True)
@@ -105,27 +104,25 @@ def test_every_stage_is_a_command_that_its_script_accepts(make: Run, kind: str, 
     for i, call in enumerate(calls):
         for word in call[: call.index("--output-dir")]:
             if word.startswith(str(made)):
-                assert word.removeprefix(f"{made}/").split("/")[0] in [*STAGES[:i], "model"]
-    assert (made / "model/tokenizer/model.safetensors").read_text() == "decoder"
-    assert (made / "model/generator").is_dir()
+                assert word.removeprefix(f"{made}/").split("/")[0] in STAGES[:i]
     assert [line.split(":")[0] for line in (made / "times.txt").read_text().splitlines()] == STAGES
 
 
 def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(make: Run, tmp_path: Path) -> None:
     code, _, calls = make("tiny", FAILS="generator")
-    assert (code, stages(calls)) == (2, STAGES[:4])
+    assert (code, stages(calls)) == (2, STAGES[:3])
     assert "--resume" not in calls[-1]
     (tmp_path / "out/generator/checkpoints/step-00000002").mkdir(parents=True)
     code, _, calls = make("tiny")
-    assert (code, stages(calls)) == (0, STAGES[3:])
-    assert ["--resume" in call for call in calls] == [True, *[False] * 4]
+    assert (code, stages(calls)) == (0, STAGES[2:])
+    assert ["--resume" in call for call in calls] == [True, *[False] * 3]
     assert make("tiny")[::2] == (0, [])
 
 
 def test_it_stops_when_its_time_is_over(make: Run) -> None:
     code, err, calls = make("tiny", MINUTES="0")
     assert (code, calls) == (3, [])
-    assert err == "out of time in stage teacher; the same command goes on\n"
+    assert err == "out of time in stage tokenizer; the same command goes on\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -141,22 +138,21 @@ def test_a_signal_is_passed_on_once_and_the_stage_goes_on_later(make: Run, tmp_p
     sender.start()
     code, _, calls = make("tiny", WAITS="tokenizer")
     sender.join()
-    assert (code, stages(calls)) == (130, STAGES[:2])
+    assert (code, stages(calls)) == (130, STAGES[:1])
     assert (tmp_path / "out/tokenizer/signals").read_text() == f"{signal.SIGTERM.value} "
     assert not (tmp_path / "out/tokenizer.done").exists()
     code, _, calls = make("tiny")
-    assert (code, stages(calls), "--resume" in calls[0]) == (0, STAGES[1:], True)
+    assert (code, stages(calls), "--resume" in calls[0]) == (0, STAGES, True)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_the_stages_fit_one_another(kind: str) -> None:
-    tokenizer, generator, decoder = (
-        yaml.safe_load((REPO / "configs" / name).read_text())
-        for name in (f"{kind}-tokenizer.yaml", f"{kind}-generator.yaml", f"{kind}-decoder.yaml")
+    tokenizer, generator = (
+        yaml.safe_load((REPO / "configs" / f"{kind}-{part}.yaml").read_text()) for part in ("tokenizer", "generator")
     )
     assert tokenizer["num_channels"] == 256  # what is measured and shown goes up to that
-    # an encoder that is to stay is not rounded
-    assert tokenizer["save_dtype"] == decoder["save_dtype"] == generator["save_dtype"] == "bfloat16"
+    assert tokenizer["save_dtype"] == generator["save_dtype"] == "bfloat16"
+    assert generator["position_vectors"]
 
 
 def test_what_it_cannot_use_is_a_line(make: Run, tmp_path: Path) -> None:

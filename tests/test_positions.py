@@ -19,9 +19,9 @@ from generator.config import GeneratorConfig, TokenLayout, llama_config
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
-from generator.model import build_generator, load_generator, save_generator, start_from
+from generator.model import build_generator, load_generator
 from generator.objective import NextTokenNats
-from generator.positions import SPARE, check_can_count, counting_block
+from generator.positions import SPARE, check_can_count, counting_block, without_counting
 from generator.sampling import SamplingConfig
 
 SIZE = GeneratorConfig(num_layers=2, num_heads=4, hidden_size=64, intermediate_size=192)
@@ -151,7 +151,8 @@ def test_the_cached_step_draws_with_it_what_the_uncached_one_would() -> None:
     ("change", "num_channels", "says"),
     [
         ({"num_heads": 2}, 64, "num_heads is 2; position_vectors need 4"),
-        ({"intermediate_size": 16}, 64, "intermediate_size 16"),
+        ({"intermediate_size": 16}, 64, "intermediate_size is 16; position_vectors need 24"),
+        ({"intermediate_size": 64}, 64, "intermediate_size 64"),
     ],
 )
 def test_a_size_that_cannot_count_is_refused(change: dict[str, int], num_channels: int, says: str) -> None:
@@ -228,35 +229,48 @@ def test_a_run_goes_on_to_the_very_weights(scripts: ScriptRunner, token_store: P
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_further_training_leaves_the_block_that_counts_as_it_is(
-    scripts: ScriptRunner, token_store: Path, tmp_path: Path
-) -> None:
-    train(scripts, token_store, tmp_path / "run", steps=2)
-    old, layout = load_generator(tmp_path / "run/generator")
+@torch.no_grad()
+def test_the_block_can_be_taken_off_again() -> None:
+    model = learned(48, bit_vectors=False)
+    shorter, vectors = without_counting(model.plain(), 48)
+    assert model.positions is not None
+    assert torch.allclose(vectors[:, SPARE:], model.positions.vectors[:, SPARE:], atol=2e-3)
+    assert torch.allclose(vectors[:, :SPARE], model.positions.vectors[:, :SPARE], atol=0.05)
+    for name, weight in model.llama.state_dict().items():
+        found = shorter.state_dict()[name]
+        kept = slice(SPARE if "embed" in name else 0, None)
+        assert torch.equal(found[..., kept], weight[..., kept]), name
+
+
+def test_further_training_goes_on_with_the_vectors(scripts: ScriptRunner, token_store: Path, tmp_path: Path) -> None:
+    """With so much decay and dropout that flags which were trained would be lost."""
+    train(scripts, token_store, tmp_path / "run", steps=60)
     sizes = ("num_layers", "num_heads", "hidden_size", "intermediate_size", "position_vectors")
     flags = [word for name, value in RUN.items() if name not in sizes for word in (f"--{name}", value)]
     done = scripts(
         "train_ar.py", "--tokens", token_store, "--output-dir", tmp_path / "more", "--init-from", tmp_path / "run",
-        "--steps", 4, *flags,
+        "--steps", 60, "--weight-decay", 0.5, "--dropout", 0.1, *flags,
     )  # fmt: skip
     assert done.code == 0, done.err
-    new, new_layout = load_generator(tmp_path / "more/generator")
-    assert new_layout.first_block_counts
-    for name, weight in old.model.layers[0].state_dict().items():
-        assert torch.equal(weight, new.model.layers[0].state_dict()[name]), name
-    assert not torch.equal(old.model.layers[1].mlp.up_proj.weight, new.model.layers[1].mlp.up_proj.weight)
-    # a model that never counted is free to change all
-    save_generator(old, dataclasses.replace(layout, first_block_counts=False), tmp_path / "free")
-    free, _, free_layout = start_from(tmp_path / "free", layout, GeneratorConfig())
-    assert not free_layout.first_block_counts
-    assert all(weight.requires_grad for weight in free.parameters())
+    llama, layout = load_generator(tmp_path / "more/generator")
+    assert layout.first_block_counts
+    assert llama.config.num_hidden_layers == 3
+    assert llama.model.embed_tokens.weight[:, :SPARE].unique().tolist() == [0, 1024]
+    state = load_file(tmp_path / "more/checkpoints/step-00000060/training.safetensors")
+    _, vectors = without_counting(llama, 16)
+    assert torch.allclose(vectors[:, SPARE:], state["ema.positions.vectors"][:, SPARE:], atol=2e-3)
+    before, after = (
+        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["evaluation"]["nats"]
+        for name in ("run", "more")
+    )
+    assert after < before + 0.2
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(
     scripts: ScriptRunner, token_store: Path, tmp_path: Path
 ) -> None:
     assert "num_heads is 2" in train(scripts, token_store, tmp_path / "run", code=2, steps=2, num_heads=2)
-    assert "goes on as it is" in train(scripts, token_store, tmp_path / "run", code=2, steps=2, init_from="somewhere")
+    assert "leave them out" in train(scripts, token_store, tmp_path / "run", code=2, steps=2, init_from="somewhere")
     assert not (tmp_path / "run").exists()
 
 

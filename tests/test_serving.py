@@ -16,7 +16,7 @@ def test_the_code_for_transformers_runs_as_it_stands(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(drawing, names)
-    assert names["tokens"].shape == (2, 64)
+    assert names["tokens"].shape == (2, 256)
     assert 0 <= int(names["tokens"].min()) <= int(names["tokens"].max()) < 4096
     exec(pictures, names)
     with Image.open("out.png") as picture:

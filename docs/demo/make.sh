@@ -3,12 +3,12 @@
 #
 #   bash docs/demo/make.sh KIND PHOTOS NAMES OUTPUT
 #
-#   KIND    cpu: some hours of two cores
+#   KIND    cpu: an hour or two of two cores
 #           gpu: a larger one, half an hour of one large GPU
 #           tiny: a rehearsal of all stages in minutes, with models that have learned nothing
 #   PHOTOS  train/<class>/* and val/<class>/*
 #   NAMES   a JSON file, class folder -> name
-#   OUTPUT  gets a folder for each stage, model/ (tokenizer and generator), sheet/ and times.txt
+#   OUTPUT  gets a folder for each stage and times.txt; generator/ is the model, with its tokenizer
 #
 # A stage that was stopped goes on, one that is done is not done again. MINUTES=9 stops after so long, at a checkpoint, with
 # exit code 3: the same command then goes on. Runs from the top of the repository; needs bash 4.4 and coreutils.
@@ -68,32 +68,17 @@ stage() {
     touch "$OUTPUT/$name.done"
 }
 
-# a classifier that is not the one that measures: the decoder's teacher
-stage teacher benchmark.py features --config configs/features.yaml --seed 1 --steps 2500 --data-dir "$PHOTOS" \
-    --class-names "$NAMES" --output-dir "$OUTPUT/teacher" "${TINY[@]}"
 stage tokenizer train_tokenizer.py --config $CONFIG-tokenizer.yaml --data-dir "$PHOTOS" \
     --output-dir "$OUTPUT/tokenizer" "${FEWER[@]}"
 stage tokens extract_tokens.py --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" --views flip \
     --class-names "$NAMES" --output-dir "$OUTPUT/tokens"
 stage generator train_ar.py --config $CONFIG-generator.yaml --tokens "$OUTPUT/tokens" \
     --output-dir "$OUTPUT/generator" "${FEWER[@]}"
-stage decoder train_tokenizer.py --config $CONFIG-decoder.yaml --init-from "$OUTPUT/tokenizer" \
-    --perceptual-weights "$OUTPUT/teacher/features.safetensors" --data-dir "$PHOTOS" --output-dir "$OUTPUT/decoder" \
-    "${FEWER[@]}"
-
-if [ ! -e "$OUTPUT/model" ]; then
-    rm -rf "$OUTPUT/model.partial"
-    mkdir -p "$OUTPUT/model.partial/tokenizer"
-    cp "$OUTPUT/decoder/config.json" "$OUTPUT/decoder/model.safetensors" "$OUTPUT/model.partial/tokenizer/"
-    cp -r "$OUTPUT/generator/generator" "$OUTPUT/model.partial/generator"
-    mv "$OUTPUT/model.partial" "$OUTPUT/model"
-fi
-
 # what the README says of it; the sheet shows every fifth of 100 classes
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
-stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/model/tokenizer" --data-dir "$PHOTOS" \
+stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
-stage fid benchmark.py fid --model "$OUTPUT/model" --reference "$PHOTOS/val" --class-names "$NAMES" \
+stage fid benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val" --class-names "$NAMES" \
     --features weights/features.safetensors --num-samples $SAMPLES --num-tokens "${LENGTHS[@]}" --anchors --output-dir "$OUTPUT/fid"
-stage sheet sample.py --model "$OUTPUT/model" --class-labels $(seq 0 $(((CLASSES + 19) / 20)) $((CLASSES - 1))) --seed 0 \
+stage sheet sample.py --model "$OUTPUT/generator" --class-labels $(seq 0 $(((CLASSES + 19) / 20)) $((CLASSES - 1))) --seed 0 \
     --previews 4 16 32 64 128 --output-dir "$OUTPUT/sheet"
