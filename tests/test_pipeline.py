@@ -10,7 +10,8 @@ from PIL import Image
 
 from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
-from common.images import to_pil, to_uint8
+from common.images import to_uint8
+from common.runtime import has_fast_bfloat16
 from generator.engine import Engine
 from generator.generate import stream
 from generator.pipeline import ChannelTokPipeline
@@ -37,7 +38,9 @@ def test_a_call_gives_pictures_and_tokens(
     assert torch.equal(found.tokens, last.tokens)
     assert [(picture.size, picture.mode) for picture in found.images] == [((32, 32), "RGB")] * 2
     images = to_uint8(tiny_tokenizer.detokenize(last.tokens))
-    assert pixels(found.images) == pixels([to_pil(image) for image in images])
+    drawn = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in found.images])
+    # some grey levels are others where pictures are decoded in bfloat16, as they are on processors that have it
+    assert (drawn.int() - images.int()).abs().float().mean() < (1 if has_fast_bfloat16(torch.device("cpu")) else 0.01)
     assert len(set(pixels(found.images))) == 2
 
 
