@@ -192,16 +192,24 @@ def check_can_count(config: Any, length: int) -> None:
     counting_block(config, torch.randn(length, config.hidden_size, generator=rng))
 
 
-@torch.no_grad()
-def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout) -> LlamaForCausalLM:
-    """A Llama of one block more, which is by itself what `llama` is with `PositionVectors`."""
-    config = LlamaConfig.from_dict({**llama.config.to_dict(), "num_hidden_layers": llama.config.num_hidden_layers + 1})
+def _renumbered(llama: LlamaForCausalLM, by: int) -> dict[str, Tensor]:
+    """Its weights, with the numbers of its blocks raised; a block that would be below 0 is left out."""
     state = {}
     for name, weight in llama.state_dict().items():
         if name.startswith("model.layers."):
             _, _, number, rest = name.split(".", 3)
-            name = f"model.layers.{int(number) + 1}.{rest}"
+            if int(number) + by < 0:
+                continue
+            name = f"model.layers.{int(number) + by}.{rest}"
         state[name] = weight
+    return state
+
+
+@torch.no_grad()
+def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout) -> LlamaForCausalLM:
+    """A Llama of one block more, which is by itself what `llama` is with `PositionVectors`."""
+    config = LlamaConfig.from_dict({**llama.config.to_dict(), "num_hidden_layers": llama.config.num_hidden_layers + 1})
+    state = _renumbered(llama, 1)
     block = counting_block(llama.config, vectors.float().cpu())
     for name, weight in block.items():
         state[f"model.layers.0.{name}"] = weight.to(vectors)
@@ -223,14 +231,7 @@ def without_counting(llama: LlamaForCausalLM, length: int) -> tuple[LlamaForCaus
     flags, places = _flags(length, llama.config.hidden_size), torch.arange(length)[None]
     vectors = network.layers[0](flags, position_embeddings=network.rotary_emb(flags, places), position_ids=places)[0]
     config = LlamaConfig.from_dict({**llama.config.to_dict(), "num_hidden_layers": llama.config.num_hidden_layers - 1})
-    state = {}
-    for name, weight in llama.state_dict().items():
-        if name.startswith("model.layers."):
-            _, _, number, rest = name.split(".", 3)
-            if number == "0":
-                continue
-            name = f"model.layers.{int(number) - 1}.{rest}"
-        state[name] = weight
+    state = _renumbered(llama, -1)
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
     state["model.embed_tokens.weight"][:, :SPARE] = 0
     with torch.random.fork_rng(devices=[]):
