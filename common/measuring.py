@@ -5,7 +5,7 @@ import gc
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any, Self
@@ -36,7 +36,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def versions(others: Sequence[str] = ()) -> dict[str, str]:
     """Of Python and of the packages that a measurement depends on; `others` are those that not all do."""
-    return {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *others)}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in (*PACKAGES, *others)}}
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; a script also runs from a folder that nobody has installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def held_bytes(*holders: object) -> int:

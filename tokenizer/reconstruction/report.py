@@ -2,22 +2,20 @@
 
 import json
 import logging
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil
-from common.measuring import machine
+from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
 from common.reports import table_head, table_line
 from tokenizer.reconstruction.measure import ReconstructionResults
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "channeltok")
+PACKAGES = ("torchmetrics", "torch-fidelity")
 FEW_IMAGES = 10_000
 METHODS = {
     "psnr": "mean over images of the dB of 8-bit pictures, peak 255",
@@ -73,7 +71,7 @@ def content(results: ReconstructionResults, command: str) -> dict[str, Any]:
         "machine": machine(results.device),
         "device": str(results.device),
         "dtype": results.config["dtype"],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(PACKAGES),
         "seconds": results.seconds,
         "images_per_second": results.images / results.seconds,
     }
