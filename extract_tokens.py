@@ -16,7 +16,7 @@ from generator.tokens import StoreHeader, TokenStore
 from generator.verification import describe, verify
 from tokenizer import ChannelTokenizer
 from tokenizer.data import UnreadableFiles
-from tokenizer.extraction import VIEWS, tokenize_files
+from tokenizer.extraction import VIEWS, as_it_was_saved, tokenize_files
 from tokenizer.sources import SPLITS, DataConfig, open_source
 
 logger = logging.getLogger("tokenizer.extract_tokens")
@@ -117,7 +117,7 @@ def extract(config: ExtractionConfig, data: DataConfig, workers: Team) -> None:
     store = TokenStore.create(config.output_dir, header, write=workers.is_main)
     if workers.is_main and not store.tokenizer_folder.exists():
         with folder_written_whole(store.tokenizer_folder) as temporary:
-            save_pretrained_whole(tokenizer, temporary)
+            save_pretrained_whole(as_it_was_saved(tokenizer), temporary)
     workers.wait()
     runtime.move(tokenizer, workers.device)
     unreadable = UnreadableFiles(config.strict)

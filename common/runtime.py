@@ -1,6 +1,8 @@
 """Devices, number formats, logging and Ctrl-C."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -170,3 +172,19 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """For the processes that read data: the one that trains decides what a signal to all of them means."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # later than multiprocessing's own, which torch has brought along, and so called before it
+def _end_readers() -> None:
+    """End the processes that read data where an error has left them behind.
+
+    multiprocessing asks them by SIGTERM, which they leave to the trainer, and would then wait for ever.
+    """
+    readers = [process for process in multiprocessing.active_children() if process.daemon]
+    if readers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a reader ends by a signal
+    for process in readers:
+        process.terminate()
+    for process in readers:
+        process.join(0.1)
+        process.kill()

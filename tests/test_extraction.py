@@ -12,6 +12,7 @@ import torch
 from conftest import ScriptRunner
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import safe_open
 from tiny_store import header
 
 from common.checkpoint import save_pretrained_whole
@@ -54,6 +55,22 @@ def square(path: Path, side: int) -> torch.Tensor:
     left, top = (picture.width - short) / 2, (picture.height - short) / 2
     small = picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
     return torch.from_numpy(np.array(small).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def test_a_store_keeps_its_tokenizer_in_the_format_it_had(
+    sharp_tokenizer: ChannelTokenizer, tokenizer_folder: Path, scripts: ScriptRunner, image_folder: Path, tmp_path: Path
+) -> None:
+    halves = tmp_path / "halves"
+    save_pretrained_whole(copy.deepcopy(sharp_tokenizer).to(torch.bfloat16), halves)
+    for given, wanted in ((halves, "BF16"), (tokenizer_folder, "F32")):
+        store = tmp_path / f"{given.name}-store"
+        done = scripts("extract_tokens.py", *words(given, image_folder, store))
+        assert done.code == 0, done.err
+        kept = TokenStore.open(store).tokenizer_folder
+        with safe_open(kept / "model.safetensors", "pt") as file:
+            assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {wanted}  # noqa: SIM118
+        same = [ChannelTokenizer.from_pretrained(folder).state_dict() for folder in (given, kept)]
+        assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
 
 
 # ------------------------------------------------------------------------------------- views

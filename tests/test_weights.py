@@ -10,7 +10,7 @@ DEMO = REPO / "weights" / "demo"
 
 
 def test_it_is_small_and_of_256_tokens() -> None:
-    files = [path for path in (REPO / "weights").rglob("*") if path.is_file()]
+    files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 40e6
     pipeline = ChannelTokPipeline.from_pretrained(DEMO, "cpu")
     assert pipeline.layout.num_channels == 256

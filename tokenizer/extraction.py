@@ -1,5 +1,6 @@
 """Images to tokens in bulk, each image once or in several views."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import ten_crop
 
 from common.images import to_float
+from common.runtime import move
 from tokenizer.data import ImageDataset, UnreadableFiles, collate
 from tokenizer.sources import ImageSource
 from tokenizer.tokenizer import ChannelTokenizer
@@ -39,6 +41,13 @@ VIEWS = {
     # as LlamaGen extracts its codes (arXiv 2406.06525): four corners and the middle, and the mirror images of these
     "ten-crop": Views(count=10, side=1.1, cut=ten_crop),
 }
+
+
+def as_it_was_saved(tokenizer: ChannelTokenizer) -> ChannelTokenizer:
+    """A copy in bfloat16 of one whose weights all are exact there, half the size; otherwise itself."""
+    if any((weight != weight.bfloat16()).any() for weight in tokenizer.state_dict().values()):
+        return tokenizer
+    return move(copy.deepcopy(tokenizer), dtype=torch.bfloat16)
 
 
 def tokenize_files(

@@ -1,0 +1,37 @@
+"""Processes end when they should."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from common.measuring import versions
+
+# the names in a traceback keep the loader alive to the very end, as a failing training script's do
+FAILS_WITH_A_READER = """
+from torch.utils.data import DataLoader
+from common.runtime import leave_signals_to_the_trainer
+
+stream = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=leave_signals_to_the_trainer))
+next(stream)
+raise OSError("no space left on device")
+"""
+
+
+def test_a_script_that_fails_does_not_wait_for_its_readers() -> None:
+    """They ignore SIGTERM, by which multiprocessing ends them before it waits for them."""
+    found = subprocess.run(
+        [sys.executable, "-c", FAILS_WITH_A_READER], cwd=REPO, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.returncode == 1
+    assert found.stderr.rstrip().endswith("OSError: no space left on device")
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that was started from a bare folder must not end in an error over that."""
+    monkeypatch.setattr("common.measuring.PACKAGES", ("torch", "no-such-package"))
+    found = versions(("pillow",))
+    assert found["no-such-package"] == "(not installed)"
+    assert found["torch"][0].isdigit()
+    assert found["pillow"][0].isdigit()
