@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from common.errors import InputError
 from generator.config import TokenLayout
+from generator.positions import counted_vectors, without_flags
 from generator.products import Products, settled
 
 
@@ -111,10 +112,16 @@ def head(products: Products, hidden: Tensor, norm: Tensor, weight: Tensor, eps: 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedDecoder:
-    """A Llama's weights, arranged for drawing. Holds its own copy; the model it came from can go."""
+    """A Llama's weights, arranged for drawing. Holds its own copy; the model it came from can go.
+
+    `positions` are the vectors (C d) float32 that the first block of a model that counts makes; they take its place. No
+    step need compute them, and the block enlarges rounding a hundredfold, so that the tokens of an image would
+    hang on what is drawn beside it.
+    """
 
     layers: list[Layer]
     embedding: Tensor
+    positions: Tensor | None
     final_norm: Tensor
     code_head: Tensor
     rotation: Rotation
@@ -146,7 +153,7 @@ class CachedDecoder:
                 "the generator has biases or grouped key heads; only plain multi-head Llamas are drawn with"
             )
         layers = []
-        for block in model.model.layers:
+        for block in list(model.model.layers)[1 if layout.first_block_counts else 0 :]:
             attention, mlp = block.self_attn, block.mlp
             layers.append(
                 Layer(
@@ -160,12 +167,16 @@ class CachedDecoder:
                     down=mlp.down_proj.weight.detach().clone(),
                 )
             )
-        embedding = model.model.embed_tokens.weight.detach().clone()
+        embedding, vectors = model.model.embed_tokens.weight.detach().clone(), None
+        if layout.first_block_counts:
+            embedding = without_flags(embedding)
+            vectors = counted_vectors(model, layout.num_channels).to(embedding.device)
         positions = torch.arange(layout.num_channels, device=embedding.device)
         cos, sin = model.model.rotary_emb(embedding.float(), positions[None])
         return cls(
             layers=layers,
             embedding=embedding,
+            positions=vectors,
             final_norm=model.model.norm.weight.detach().float().clone(),
             code_head=model.lm_head.weight[: layout.codebook_size].detach().clone(),
             rotation=Rotation(cos=cos[0].float(), sin=sin[0].float()),

@@ -287,6 +287,8 @@ class Engine:
         if length not in batch.views:
             batch.views[length] = self._parts(batch, len(rows), length)
         hidden = F.embedding(rows, self.decoder.embedding).float()
+        if self.decoder.positions is not None:
+            hidden = hidden + self.decoder.positions.index_select(0, batch.position)
         mask = self._arange[:length] <= batch.position
         if self.compile:
             torch._dynamo.mark_dynamic(mask, 0)  # noqa: SLF001

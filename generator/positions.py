@@ -225,15 +225,32 @@ def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout)
 
 
 @torch.no_grad()
+def counted_vectors(llama: LlamaForCausalLM, length: int) -> Tensor:
+    """What the first block of such a model adds at each position: (length d) float32, on the CPU.
+
+    In float64, whose rounding is small even after the block has enlarged it a hundredfold.
+    """
+    network: Any = llama.model
+    block, rotary = (copy.deepcopy(part).to("cpu") for part in (network.layers[0], network.rotary_emb))
+    flags, places = _flags(length, llama.config.hidden_size).double(), torch.arange(length)[None]
+    rows: Tensor = block.double()(flags, position_embeddings=rotary(flags, places), position_ids=places)[0]
+    return rows.float()
+
+
+def without_flags(embedding: Tensor) -> Tensor:
+    """The rows of such a model's embedding (v d) for a model that does not count."""
+    rows = embedding.detach().clone()
+    rows[:, :SPARE] = 0
+    return rows
+
+
+@torch.no_grad()
 def without_counting(llama: LlamaForCausalLM, length: int) -> tuple[LlamaForCausalLM, Tensor]:
     """What `with_counting` was given: a Llama of one block less, and vectors (length d)."""
-    network: Any = llama.model
-    flags, places = _flags(length, llama.config.hidden_size), torch.arange(length)[None]
-    vectors = network.layers[0](flags, position_embeddings=network.rotary_emb(flags, places), position_ids=places)[0]
+    vectors = counted_vectors(llama, length)
     config = LlamaConfig.from_dict({**llama.config.to_dict(), "num_hidden_layers": llama.config.num_hidden_layers - 1})
     state = _renumbered(llama, -1)
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
-    state["model.embed_tokens.weight"][:, :SPARE] = 0
+    state["model.embed_tokens.weight"] = without_flags(state["model.embed_tokens.weight"])
     with torch.random.fork_rng(devices=[]):
         shorter = LlamaForCausalLM(config)
     shorter.load_state_dict(state)

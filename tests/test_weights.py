@@ -39,3 +39,27 @@ def test_its_pictures_grow_finer_and_hang_on_the_class() -> None:
     image = full.view(5, 64, 64, 3)
     near, far = (float((image - image.roll(shift, 2)).abs()[:, :, 32:].mean()) for shift in (1, 32))
     assert far > 1.5 * near > 3
+
+
+def test_an_image_s_logits_are_those_it_has_in_company() -> None:
+    """Up to rounding, which the block that counts would enlarge a hundredfold if it were part of a step."""
+    pipeline = ChannelTokPipeline.from_pretrained(DEMO, "cpu")
+    engine, layout = pipeline.engine, pipeline.layout
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(layout.codebook_size, (20, 32), generator=rng)
+
+    @torch.no_grad()
+    def logits_of_the_first(images: int) -> torch.Tensor:
+        batch = engine.begin(
+            torch.arange(images), tokens[:images], torch.full((images,), 32), torch.zeros(images, 32),
+            torch.ones(layout.num_channels), guided=False,
+        )  # fmt: skip
+        found = []
+        for _ in range(32):
+            found.append(engine._forward(batch, engine._length(batch), with_logits=True)[0].clone())
+            engine.feed(batch)
+        return torch.stack(found)
+
+    alone, in_company = logits_of_the_first(1), logits_of_the_first(20)
+    assert alone.std() > 1
+    torch.testing.assert_close(alone, in_company, atol=5e-5, rtol=0)
