@@ -3,8 +3,8 @@
 #
 #   bash docs/demo/make.sh KIND PHOTOS NAMES OUTPUT
 #
-#   KIND    cpu: an hour or two of two cores
-#           gpu: a larger one, half an hour of one large GPU
+#   KIND    gpu: weights/demo, eight minutes of one large GPU and 16 cores, and some for the measurements
+#           cpu: a smaller one, an hour and a half of two cores
 #           tiny: a rehearsal of all stages in minutes, with models that have learned nothing
 #   PHOTOS  train/<class>/* and val/<class>/*
 #   NAMES   a JSON file, class folder -> name
@@ -24,9 +24,10 @@ command -v timeout > /dev/null || refuse "there is no timeout(1); install coreut
 [[ -d $PHOTOS/train && -d $PHOTOS/val ]] || refuse "$PHOTOS has no train/ and val/; give a folder that has"
 [[ -f $NAMES ]] || refuse "$NAMES is no file; give one that maps class folders to names"
 
-TINY=() FEWER=() FEW=() SAMPLES=2000 LENGTHS=(1 4 16 32 64 128 256)
+TINY=() FEWER=() FEW=() READERS=() SAMPLES=2000 LENGTHS=(1 4 16 32 64 128 256)
 case $KIND in
-cpu | gpu) CONFIG=configs/$KIND ;;
+cpu) CONFIG=configs/cpu ;;
+gpu) CONFIG=configs/gpu READERS=(--num-workers 12 --batch-size 256) ;;
 tiny)
     CONFIG=configs/cpu SAMPLES=20
     TINY=(--steps 4 --batch-size 4 --warmup-steps 1 --evaluate-every 2 --checkpoint-every 2 --compile false)
@@ -71,7 +72,7 @@ stage() {
 stage tokenizer train_tokenizer.py --config $CONFIG-tokenizer.yaml --data-dir "$PHOTOS" \
     --output-dir "$OUTPUT/tokenizer" "${FEWER[@]}"
 stage tokens extract_tokens.py --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" --views flip \
-    --class-names "$NAMES" --output-dir "$OUTPUT/tokens"
+    --class-names "$NAMES" --output-dir "$OUTPUT/tokens" "${READERS[@]}"
 stage generator train_ar.py --config $CONFIG-generator.yaml --tokens "$OUTPUT/tokens" \
     --output-dir "$OUTPUT/generator" "${FEWER[@]}"
 # what the README says of it; the sheet shows every fifth of 100 classes
