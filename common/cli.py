@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
 from common.errors import InputError
+from common.runtime import end_readers_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ def _program() -> str:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function; a user's mistake or a full disk ends in one line and exit code 2."""
+    end_readers_at_exit()
     try:
         main()
     except InputError as error:

@@ -174,17 +174,21 @@ def leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register  # later than multiprocessing's own, which torch has brought along, and so called before it
-def _end_readers() -> None:
-    """End the processes that read data where an error has left them behind.
+def end_readers_at_exit() -> None:
+    """For a script that starts such processes: let it end after an error, too.
 
-    multiprocessing asks them by SIGTERM, which they leave to the trainer, and would then wait for ever.
+    multiprocessing would ask them by SIGTERM, which they leave to the trainer, and then wait for ever. Not for programs
+    that have processes of their own.
     """
-    readers = [process for process in multiprocessing.active_children() if process.daemon]
-    if readers and hasattr(signal, "SIGCHLD"):
+    # called before multiprocessing's own, which torch has brought along
+    atexit.register(_end_children, os.getpid())
+
+
+def _end_children(script: int) -> None:
+    if os.getpid() != script:  # a fork of it
+        return
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a reader ends by a signal
-    for process in readers:
-        process.terminate()
-    for process in readers:
-        process.join(0.1)
-        process.kill()
+    for child in children:
+        child.kill()

@@ -228,13 +228,16 @@ def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout)
 def counted_vectors(llama: LlamaForCausalLM, length: int) -> Tensor:
     """What the first block of such a model adds at each position: (length d) float32, on the CPU.
 
-    In float64, whose rounding is small even after the block has enlarged it a hundredfold.
+    Sums are float64, so that the block has no order of theirs to enlarge; norms round to float32, each entry alone.
     """
     network: Any = llama.model
-    block, rotary = (copy.deepcopy(part).to("cpu") for part in (network.layers[0], network.rotary_emb))
+    block, rotary = (copy.deepcopy(part).to("cpu").eval() for part in (network.layers[0], network.rotary_emb))
     flags, places = _flags(length, llama.config.hidden_size).double(), torch.arange(length)[None]
-    rows: Tensor = block.double()(flags, position_embeddings=rotary(flags, places), position_ids=places)[0]
-    return rows.float()
+    earlier = torch.full((1, 1, length, length), -torch.inf, dtype=flags.dtype).triu(1)
+    seen: Tensor = block.double()(
+        flags, attention_mask=earlier, position_embeddings=rotary(flags, places), position_ids=places
+    )
+    return seen.reshape(length, -1).float()
 
 
 def without_flags(embedding: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """benchmark.py speed: what it writes, and the arithmetic behind its rows. No test looks at how fast anything is."""
 
+import dataclasses
 import json
 import math
 import time
@@ -281,6 +282,12 @@ def test_bytes_of_a_token_are_those_of_the_state_dict_and_of_the_cache(
     read = [needed.fixed + earlier * 7 * 2 * row * sequences for earlier in range(10)]
     assert needed.mean(10) == sum(read) / 10
     assert needed.mean(1) == needed.fixed
+
+    # a block whose output is known beforehand is not read
+    counting = token_bytes(model, dataclasses.replace(tiny_layout, first_block_counts=True), sequences)
+    block = sum(value for name, value in state.items() if name.startswith("model.layers.0."))
+    assert counting.fixed == needed.fixed - block
+    assert counting.per_position == needed.per_position * 6 // 7
 
 
 def test_rows_by_hand() -> None:

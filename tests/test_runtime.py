@@ -8,14 +8,18 @@ from conftest import REPO
 
 from common.measuring import versions
 
-# the names in a traceback keep the loader alive to the very end, as a failing training script's do
+# the names in a traceback keep the loader alive to the very end
 FAILS_WITH_A_READER = """
 from torch.utils.data import DataLoader
+from common import cli
 from common.runtime import leave_signals_to_the_trainer
 
-stream = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=leave_signals_to_the_trainer))
-next(stream)
-raise OSError("no space left on device")
+def main():
+    stream = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=leave_signals_to_the_trainer))
+    next(stream)
+    raise RuntimeError("no such kernel")
+
+cli.run(main)
 """
 
 
@@ -25,7 +29,20 @@ def test_a_script_that_fails_does_not_wait_for_its_readers() -> None:
         [sys.executable, "-c", FAILS_WITH_A_READER], cwd=REPO, capture_output=True, text=True, timeout=60, check=False
     )
     assert found.returncode == 1
-    assert found.stderr.rstrip().endswith("OSError: no space left on device")
+    assert found.stderr.rstrip().endswith("RuntimeError: no such kernel")
+
+
+def test_others_processes_are_left_alone() -> None:
+    """A pool whose workers are killed at the end waits for ever for what they held."""
+    script = """
+import multiprocessing
+import common.cli
+
+pool = multiprocessing.get_context("fork").Pool(2)
+assert pool.map(abs, [-1, 2]) == [1, 2]
+"""
+    found = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, timeout=60, check=False)
+    assert found.returncode == 0
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,16 @@ class TokenBytes:
 
 
 def token_bytes(model: LlamaForCausalLM, layout: TokenLayout, sequences: int) -> TokenBytes:
-    """Count for `sequences` rows side by side (with guidance, two for each image), in the model's own dtype."""
-    blocks = [*model.model.layers.parameters(), *model.model.norm.parameters()]
+    """Count for `sequences` rows side by side (with guidance, two for each image), in the model's own dtype.
+
+    A first block that counts is none of it: what it makes is known beforehand, a vector for each position.
+    """
+    needed = list(model.model.layers)[1 if layout.first_block_counts else 0 :]
+    blocks = [parameter for part in (*needed, model.model.norm) for parameter in part.parameters()]
     width, size = model.config.hidden_size, model.dtype.itemsize
     fixed = sum(parameter.nbytes for parameter in blocks)
     fixed += (layout.codebook_size + sequences) * width * size
-    return TokenBytes(fixed=fixed, per_position=2 * model.config.num_hidden_layers * sequences * width * size)
+    return TokenBytes(fixed=fixed, per_position=2 * len(needed) * sequences * width * size)
 
 
 # -------------------------------------------------------------------------------------- bandwidth
