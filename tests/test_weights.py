@@ -4,7 +4,9 @@ import torch
 from conftest import REPO
 from safetensors import safe_open
 
+from generator.model import load_generator
 from generator.pipeline import ChannelTokPipeline
+from generator.positions import counted_vectors
 
 DEMO = REPO / "weights" / "demo"
 
@@ -63,3 +65,13 @@ def test_an_image_s_logits_are_those_it_has_in_company() -> None:
     alone, in_company = logits_of_the_first(1), logits_of_the_first(20)
     assert alone.std() > 1
     torch.testing.assert_close(alone, in_company, atol=5e-5, rtol=0)
+
+
+def test_what_the_first_block_adds_hangs_on_no_mode_of_the_model() -> None:
+    llama, layout = load_generator(DEMO / "generator")
+    calm = counted_vectors(llama, layout.num_channels)
+    llama.train()
+    llama.set_attn_implementation("eager")
+    for block in llama.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    torch.testing.assert_close(counted_vectors(llama, layout.num_channels), calm, atol=1e-3, rtol=0)
