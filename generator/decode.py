@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from common.errors import InputError
 from generator.config import TokenLayout
-from generator.positions import counted_vectors, without_flags
+from generator.positions import counted_vectors, learned_blocks, without_flags
 from generator.products import Products, settled
 
 
@@ -153,7 +153,7 @@ class CachedDecoder:
                 "the generator has biases or grouped key heads; only plain multi-head Llamas are drawn with"
             )
         layers = []
-        for block in list(model.model.layers)[1 if layout.first_block_counts else 0 :]:
+        for block in learned_blocks(model, layout):
             attention, mlp = block.self_attn, block.mlp
             layers.append(
                 Layer(

@@ -224,6 +224,11 @@ def with_counting(llama: LlamaForCausalLM, vectors: Tensor, layout: TokenLayout)
     return longer.train(llama.training)
 
 
+def learned_blocks(llama: LlamaForCausalLM, layout: TokenLayout) -> list[Any]:
+    """Its blocks without the one that counts, if there is one."""
+    return list(llama.model.layers)[1 if layout.first_block_counts else 0 :]
+
+
 @torch.no_grad()
 def counted_vectors(llama: LlamaForCausalLM, length: int) -> Tensor:
     """What the first block of such a model adds at each position: (length d) float32, on the CPU.

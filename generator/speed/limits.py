@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from common.measuring import synchronize
 from generator.config import TokenLayout
+from generator.positions import learned_blocks
 
 PROBE_BYTES = 512 * 2**20  # well beyond any cache
 PASSES = 3  # of each way in one probe
@@ -41,7 +42,7 @@ def token_bytes(model: LlamaForCausalLM, layout: TokenLayout, sequences: int) ->
 
     A first block that counts is none of it: what it makes is known beforehand, a vector for each position.
     """
-    needed = list(model.model.layers)[1 if layout.first_block_counts else 0 :]
+    needed = learned_blocks(model, layout)
     blocks = [parameter for part in (*needed, model.model.norm) for parameter in part.parameters()]
     width, size = model.config.hidden_size, model.dtype.itemsize
     fixed = sum(parameter.nbytes for parameter in blocks)
