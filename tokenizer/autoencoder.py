@@ -1,5 +1,6 @@
 """Encoder and decoder: images to latents and back (ChannelTok, section 3; the VQGAN family of networks)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,7 +60,11 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(images, self.patch_size)
         latents: Tensor = self.shrink(self.trunk(patches))
-        return latents if self.straight is None else latents + self.straight(patches)
+        if self.straight is None:
+            return latents
+        # in bfloat16, oneDNN 3 computes this convolution wrong on CPUs with AMX; float32 costs little
+        with torch.autocast("cpu", enabled=False):
+            return latents + self.straight(patches)
 
 
 class Decoder(nn.Module):
