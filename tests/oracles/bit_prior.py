@@ -1,0 +1,27 @@
+"""The linear prior by its definition: a float64 loop over bits."""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+from common.bit_prior import BitPrior
+
+
+def log_odds(prior: BitPrior, earlier: Sequence[float], class_label: int) -> float:
+    """Log-odds of the bit that comes after `earlier`, entries +-1."""
+    i = len(earlier)
+    total = prior.bias[i].item() + prior.class_bias[class_label, i].item()
+    for j, bit in enumerate(earlier):
+        total += prior.weight[i, j].item() * bit
+    return total
+
+
+def nats(prior: BitPrior, bits: Sequence[float], class_label: int) -> list[float]:
+    """Negative log-likelihood of each bit."""
+    return [math.log1p(math.exp(-bit * log_odds(prior, bits[:i], class_label))) for i, bit in enumerate(bits)]
+
+
+def probabilities(prior: BitPrior, class_label: int) -> dict[tuple[float, ...], float]:
+    """Of all images that the prior can draw; for a handful of bits."""
+    images = product((-1.0, 1.0), repeat=len(prior.bias))
+    return {image: math.exp(-math.fsum(nats(prior, image, class_label))) for image in images}
