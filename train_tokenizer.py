@@ -5,6 +5,7 @@ from tokenizer.config import TokenizerConfig
 from tokenizer.data import AugmentationConfig
 from tokenizer.discriminator import GanConfig
 from tokenizer.losses import TokenizerLossConfig
+from tokenizer.rate import RateConfig
 from tokenizer.sources import DataConfig
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
@@ -17,6 +18,7 @@ CONFIGS = (
     TokenizerLossConfig,
     TailDropConfig,
     GanConfig,
+    RateConfig,
 )
 
 

@@ -1,4 +1,4 @@
-"""The models of a run, each with its optimizer, and the average of a model's weights."""
+"""The models of a run, each with its optimizer, and the average of the main model's weights."""
 
 import copy
 from collections.abc import Iterator
@@ -10,17 +10,31 @@ from torch import Tensor, nn
 
 from common.processes import copy_into, own_part, whole
 
-OPPONENT_BETAS = (0.5, 0.9)  # of a discriminator's AdamW, as Esser et al. (arXiv 2012.09841) train theirs
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside the number of its steps
 State = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opponent:
-    """A second model that is trained against the first, with an optimizer of its own: a GAN's discriminator."""
+class AuxiliaryModel:
+    """A model that is trained beside the main one by a loss of its own, for example a GAN's discriminator.
+
+    Attributes:
+        model: trained in place.
+        learning_rate: of its AdamW, which has no weight decay.
+        betas: of its AdamW.
+        follows_schedule: scale the learning rate as the main model's schedule does; otherwise it is constant.
+    """
 
     model: nn.Module
     learning_rate: float
+    betas: tuple[float, float]
+    follows_schedule: bool = False
+
+
+def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
+    """Forward pass with gradients to the inputs and none to the module's own parameters."""
+    frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, frozen, inputs)
 
 
 def make_optimizer(model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
@@ -31,7 +45,7 @@ def make_optimizer(model: nn.Module, rate: float, betas: tuple[float, float], de
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
 
 
-class Player:
+class ModelState:
     """A model with its optimizer, and the names under which a checkpoint keeps them.
 
     Args:
@@ -43,6 +57,11 @@ class Player:
 
     def __init__(self, prefix: str, model: nn.Module, bare: Any, optimizer: Any):
         self.prefix, self.model, self.bare, self.optimizer = prefix, model, bare, optimizer
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of all parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def state(self) -> State:
         """Weights and the optimizer's state, as a checkpoint keeps them; sharded ones as they are."""

@@ -8,6 +8,7 @@ no state of any random generator is kept.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -82,6 +83,18 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
     return config.min_learning_rate + swing * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+class Stream(IntEnum):
+    """Random streams of a training run, the second number of a generator's key."""
+
+    ORDER = 1
+    STEP = 2
+    AUGMENTATION = 3
+    DROPOUT = 4
+    PREFIX_LENGTH = 6
+    PRIOR_LABELS = 7
+    BIT_NOISE = 8
+
+
 def generator_for(*key: int) -> torch.Generator:
     """A CPU random generator that is a function of these numbers alone."""
     (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
@@ -101,9 +114,9 @@ class Part:
     rows: range
     batch_size: int
 
-    def rng(self) -> torch.Generator:
+    def rng(self, stream: Stream = Stream.STEP) -> torch.Generator:
         """A fresh CPU generator, the same for all parts of a step: draw `batch_size` rows, then pick `rows`."""
-        return generator_for(self.seed, 2, self.step)
+        return generator_for(self.seed, stream, self.step)
 
 
 class StepPlan:
@@ -157,7 +170,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
                     if epoch != current:
                         current = epoch
-                        order = torch.randperm(self.length, generator=generator_for(config.seed, 1, epoch)).numpy()
+                        rng = generator_for(config.seed, Stream.ORDER, epoch)
+                        order = torch.randperm(self.length, generator=rng).numpy()
                     there = epochs == epoch
                     indices[there] = order[offsets[there]]
                 yield list(zip(indices.tolist(), epochs.tolist(), strict=True))

@@ -4,9 +4,9 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +19,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.errors import InputError
 from common.journal import Journal
-from common.players import OPPONENT_BETAS, Average, Opponent, Player, State, make_optimizer, shell_of
+from common.model_state import AuxiliaryModel, Average, ModelState, State, make_optimizer, shell_of
 from common.processes import Peers, whole
 from common.resuming import Checkpoints
 from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
-from common.steps import LoopConfig, Part, StepPlan, StepSampler, generator_for, learning_rate_at
+from common.steps import LoopConfig, Part, StepPlan, StepSampler, Stream, generator_for, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -40,15 +40,16 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoss:
-    """What a micro-batch gives.
+    """Losses of a micro-batch.
 
     Attributes:
         terms: named scalars; "loss" is minimised by the model, the others are logged.
-        opponent: the opponent -> its named scalars, of which "loss" is minimised by it; None while it rests.
+        auxiliary: for each auxiliary model that takes part in this step, by name: the model -> its named scalars, of
+            which it minimises "loss"; all are logged with the model's name in front.
     """
 
     terms: dict[str, Tensor]
-    opponent: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    auxiliary: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Loop:
         config: the shared settings.
         accelerator: from `make_accelerator`.
         identity: everything else that must not change on a resume, JSON values.
-        opponent: trained against the model in the steps whose loss gives it something to do.
+        auxiliary: further models by name, each trained in the steps whose `StepLoss` has a loss for it.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Loop:
         config: LoopConfig,
         accelerator: Accelerator,
         identity: dict[str, Any],
-        opponent: Opponent | None = None,
+        auxiliary: Mapping[str, AuxiliaryModel] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
@@ -103,13 +104,15 @@ class Loop:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         shell = shell_of(model) if accelerator.is_main_process else None
         betas = (config.beta1, config.beta2)
-        self.player = self._player("", model, config.learning_rate, betas, config.weight_decay)
-        self.opponent: Player | None = None
-        if opponent is not None:
-            self.opponent = self._player("opponent.", opponent.model, opponent.learning_rate, OPPONENT_BETAS, 0.0)
+        self.main = self._prepare("", model, config.learning_rate, betas, config.weight_decay)
+        self._auxiliary_models = dict(auxiliary or {})
+        self.auxiliary = {
+            name: self._prepare(f"{name}.", other.model, other.learning_rate, other.betas, 0.0)
+            for name, other in self._auxiliary_models.items()
+        }
         self.average: Average | None = None  # kept where it is looked at, or by all who hold a shard
         if shell is not None or self.sharded:
-            self.average = Average(shell, self.player.bare, config.ema_decay, sharded=self.sharded)
+            self.average = Average(shell, self.main.bare, config.ema_decay, sharded=self.sharded)
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._loss = torch.zeros(())
@@ -119,11 +122,11 @@ class Loop:
             self._restore()
         self._reported = (self.step, time.perf_counter())
 
-    def _player(
+    def _prepare(
         self, prefix: str, model: nn.Module, rate: float, betas: tuple[float, float], weight_decay: float
-    ) -> Player:
+    ) -> ModelState:
         prepared, optimizer = self.accelerator.prepare(model, make_optimizer(model, rate, betas, weight_decay))
-        return Player(prefix, prepared, self.accelerator.unwrap_model(prepared), optimizer)
+        return ModelState(prefix, prepared, self.accelerator.unwrap_model(prepared), optimizer)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes, with a gradient that is right after gradients were averaged."""
@@ -139,9 +142,11 @@ class Loop:
         return mean
 
     def _state(self) -> State:
-        for part in (self.player, self.average, self.opponent):
-            if part is not None:
-                yield from part.state()
+        for part in self._parts():
+            yield from part.state()
+
+    def _parts(self) -> list[ModelState | Average]:
+        return [self.main, *([self.average] if self.average else []), *self.auxiliary.values()]
 
     @torch.no_grad()
     def _save(self) -> None:
@@ -173,9 +178,8 @@ class Loop:
                 "output_dir must be one folder that all machines see alike"
             )
         self._saved = self.step
-        for part in (self.player, self.average, self.opponent):
-            if part is not None:
-                part.restore(state)
+        for part in self._parts():
+            part.restore(state)
         if self.accelerator.is_main_process:
             self.journal.cut(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
@@ -198,7 +202,7 @@ class Loop:
         main = accelerator.is_main_process
         if config.trackers:
             accelerator.init_trackers("channeltok", config={k: str(v) for k, v in self.settings.items()})
-        self.player.model.train()
+        self.main.model.train()
         stream = iter(batches)
         with (
             StopOnSignal(signal.SIGTERM, signal.SIGINT, patient=accelerator.num_processes > 1) as stop,
@@ -228,29 +232,32 @@ class Loop:
     ) -> None:
         config, accelerator = self.config, self.accelerator
         rate = learning_rate_at(self.step, config)
-        for group in self.player.optimizer.param_groups:
-            group["lr"] = rate
+        self.main.set_learning_rate(rate)
+        for name, auxiliary in self._auxiliary_models.items():
+            if auxiliary.follows_schedule:
+                self.auxiliary[name].set_learning_rate(auxiliary.learning_rate * rate / config.learning_rate)
         parts = self.plan.parts(self.step)
         found: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
-            dropout = generator_for(config.seed, 4, self.step, accelerator.process_index, i)
+            dropout = generator_for(config.seed, Stream.DROPOUT, self.step, accelerator.process_index, i)
             torch.manual_seed(int(torch.randint(2**62, (), generator=dropout)))
             with self._synchronised(i == len(parts) - 1):
                 with accelerator.autocast():
-                    result = loss(self.player.model, next(stream), part)
+                    result = loss(self.main.model, next(stream), part)
                 accelerator.backward(result.terms["loss"] / len(parts))
                 terms = dict(result.terms)
-                if self.opponent is not None and result.opponent is not None:
+                for other, loss_of in result.auxiliary.items():
                     with accelerator.autocast():
-                        theirs = result.opponent(self.opponent.model)
+                        theirs = loss_of(self.auxiliary[other].model)
                     accelerator.backward(theirs["loss"] / len(parts))
-                    terms |= {f"opponent_{name}": value for name, value in theirs.items()}
+                    terms |= {f"{other}_{name}": value for name, value in theirs.items()}
             found.append({name: value.detach() for name, value in terms.items()})
         terms = {name: torch.stack([entry[name] for entry in found]).mean() for name in found[0]}
         self._loss = terms["loss"]
-        self._update(self.player, terms["loss"])
-        if "opponent_loss" in terms and self.opponent is not None:
-            self._update(self.opponent, terms["opponent_loss"])
+        self._update(self.main, terms["loss"])
+        for name, state in self.auxiliary.items():
+            if f"{name}_loss" in terms:
+                self._update(state, terms[f"{name}_loss"])
         if self.average is not None:
             self.average.update()
         self.step += 1
@@ -264,16 +271,15 @@ class Loop:
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Let gradients be averaged over the processes in the last micro-batch of a step only."""
         with ExitStack() as stack:
-            players = [self.player] + ([self.opponent] if self.opponent else [])
-            for player in () if last else players:
-                stack.enter_context(self.accelerator.no_sync(player.model))
+            for state in () if last else (self.main, *self.auxiliary.values()):
+                stack.enter_context(self.accelerator.no_sync(state.model))
             yield
 
-    def _update(self, player: Player, loss: Tensor) -> None:
-        norm = whole(nn.utils.clip_grad_norm_(player.bare.parameters(), self.config.max_grad_norm))
+    def _update(self, state: ModelState, loss: Tensor) -> None:
+        norm = whole(nn.utils.clip_grad_norm_(state.bare.parameters(), self.config.max_grad_norm))
         self._healthy &= torch.isfinite(norm) & torch.isfinite(loss)
-        player.optimizer.step()
-        player.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
 
     def _evaluate_if_due(self, tasks: RunTasks, stop: StopOnSignal) -> None:
         """Evaluate and export after every `evaluate_every` steps and the last; given up where the run is to stop."""

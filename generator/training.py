@@ -20,7 +20,7 @@ from common.measuring import machine
 from common.peak import peak_of
 from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, send
-from common.steps import LoopConfig, Part, generator_for
+from common.steps import LoopConfig, Part, Stream, generator_for
 from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
@@ -249,7 +249,7 @@ def train_generator(
 
 def prefix_length(seed: int, step: int, num_channels: int) -> int:
     """How many tokens a step sees, evenly from 1..C; the same in all processes."""
-    return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, 6, step)))
+    return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, Stream.PREFIX_LENGTH, step)))
 
 
 def validation_nats(model: NextTokenNats, batches: Any, accelerator: Accelerator) -> Tensor:

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import InputError
+from common.model_state import call_frozen
 from tokenizer.discriminator import (
     GanConfig,
     PatchDiscriminator,
     discriminator_loss,
     gradient_ratio,
-    judge_without_learning,
     last_layer_gradients,
 )
 
@@ -82,7 +82,7 @@ def test_the_discriminator_s_loss_teaches_it_alone(small):
 
 def test_a_judgement_teaches_the_picture_alone(small):
     fake = pictures(2, seed=2).requires_grad_()
-    logits = judge_without_learning(small, fake)
+    logits = call_frozen(small, fake)
     torch.testing.assert_close(logits, small(fake))
     logits.mean().backward()
     assert fake.grad.abs().sum() > 0

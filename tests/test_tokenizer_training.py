@@ -147,7 +147,8 @@ def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(train, halted, unbro
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     [("--weight-decay", 0.001, "weight_decay"), ("--seed", 4, "seed"), ("--num-bits", 5, "model.num_bits"),
-     ("--l2-weight", 2, "loss.l2_weight"), ("--mask-probability", 0.25, "tail_drop.mask_probability")],
+     ("--l2-weight", 2, "loss.l2_weight"), ("--rate-weight", 0.1, "rate.rate_weight"),
+     ("--mask-probability", 0.25, "tail_drop.mask_probability")],
 )  # fmt: skip
 def test_a_resume_with_other_settings_is_refused(train, unbroken, flag, value, named):
     before = everything(unbroken)

@@ -1,4 +1,4 @@
-"""The training loop with everything on: an opponent, micro-batches, several processes, real kills, trackers."""
+"""The training loop with everything on: discriminator, prior, micro-batches, processes, real kills, trackers."""
 
 import json
 import random
@@ -21,6 +21,8 @@ FLAGS = [
     *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none", "--keep-checkpoints", 3),
 ]
 GAN = ["--gan-weight", 0.1, "--gan-start-step", 2, "--gan-width", 32, "--gan-layers", 1]
+RATE = ["--rate-weight", 0.02, "--late-rate-weight", 0.04, "--rate-warmup-steps", 3, "--bit-noise", 0.2]
+EVERYTHING = [*GAN, "--gan-weighting", "adaptive", *RATE]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,9 @@ def train(scripts, data):
 
 
 @pytest.fixture(scope="module")
-def with_opponent(train, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("opponent") / "run"
-    assert train(folder, *GAN, "--gan-weighting", "adaptive").code == 0
+def everything(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("everything") / "run"
+    assert train(folder, *EVERYTHING).code == 0
     return folder
 
 
@@ -53,17 +55,21 @@ def close(found, expected, rtol):
             assert ours[name] == pytest.approx(value, rel=rtol, abs=rtol), (name, theirs["step"])
 
 
-def test_two_processes_give_the_loss_curve_of_one(train, with_opponent, tmp_path):
-    done = train(tmp_path / "two", *GAN, "--gan-weighting", "adaptive", processes=2)
+# not both: a bit that rounding flips is enough to send a discriminator another way
+@pytest.mark.parametrize("flags", [[*GAN, "--gan-weighting", "adaptive"], RATE], ids=["gan", "rate"])
+def test_two_processes_give_the_loss_curve_of_one(train, tmp_path, flags):
+    assert train(tmp_path / "one", *flags).code == 0
+    done = train(tmp_path / "two", *flags, processes=2)
     assert done.code == 0, done.err
-    close(curve(tmp_path / "two"), curve(with_opponent), rtol=2e-4)
-    one, two = (load_file(folder / "model.safetensors") for folder in (with_opponent, tmp_path / "two"))
+    close(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(np.allclose(one[name], two[name], atol=2e-3) for name in one)
     assert any((one[name] != two[name]).any() for name in one)  # it was another sum, not another copy
 
 
-def test_micro_batches_give_the_loss_curve_of_whole_batches(train, tmp_path):
-    flags = ("--entropy-weight", 0, "--commitment-weight", 0, *GAN)
+@pytest.mark.parametrize("flags", [GAN, RATE], ids=["gan", "rate"])
+def test_micro_batches_give_the_loss_curve_of_whole_batches(train, tmp_path, flags):
+    flags = ("--entropy-weight", 0, "--commitment-weight", 0, *flags)
     for name, more in (("whole", ()), ("parts", ("--micro-batch-size", 2))):
         assert train(tmp_path / name, *flags, *more).code == 0
     quantizer = {"token_entropy", "codebook_entropy", "commitment"}  # these are each micro-batch's own
@@ -74,14 +80,14 @@ def test_micro_batches_give_the_loss_curve_of_whole_batches(train, tmp_path):
     close(parts, whole, rtol=1e-3)
 
 
-def test_the_opponent_waits_for_its_step_and_learns_from_there(with_opponent):
-    records = curve(with_opponent)
+def test_the_opponent_waits_for_its_step_and_learns_from_there(everything):
+    records = curve(everything)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
         plays = record["step"] > 2
         assert all((name in record) == plays for name in ("adversarial", "gan_weight", "opponent_loss"))
         expected = record["reconstruction"] + 0.1 * (record["token_entropy"] - record["codebook_entropy"])
-        expected += 0.25 * record["commitment"]
+        expected += 0.25 * record["commitment"] + record["rate"]
         if (
             plays
         ):  # the model wants its pictures to be taken for real ones, by the very judgement the opponent learns from
@@ -89,7 +95,7 @@ def test_the_opponent_waits_for_its_step_and_learns_from_there(with_opponent):
             expected += record["gan_weight"] * record["adversarial"]
         assert record["loss"] == pytest.approx(expected, rel=1e-4)
     checkpoints = {
-        path.name: load_file(path / "training.safetensors") for path in (with_opponent / "checkpoints").iterdir()
+        path.name: load_file(path / "training.safetensors") for path in (everything / "checkpoints").iterdir()
     }
     first, last = (checkpoints[name]["opponent.model.trunk.0.weight"] for name in ("step-00000004", "step-00000006"))
     assert (first != last).any()
@@ -97,18 +103,38 @@ def test_the_opponent_waits_for_its_step_and_learns_from_there(with_opponent):
     assert records[-1]["gan_weight"] != pytest.approx(0.1)  # adaptive
 
 
-def test_the_opponent_changes_the_model_and_the_model_folder_holds_none_of_it(train, with_opponent, tmp_path):
+def test_the_prior_is_trained_logged_and_kept_where_the_rate_has_a_weight(train, everything, tmp_path):
+    def newest(folder):
+        return load_file(folder / "checkpoints" / "step-00000006" / "training.safetensors")
+
+    weight = newest(everything)["prior.model.weight"]
+    assert weight.shape == (16, 16)
+    assert np.tril(weight, -1).any()
+    assert not np.triu(weight).any()
+    figures = {"nats_per_token", "bits_per_image", "nats_1", "nats_2_4"}
+    for record in curve(everything):
+        assert figures | {"rate", "prior_loss"} <= record.keys()
+    lines = [json.loads(line) for line in (everything / "log.jsonl").read_text().splitlines()]
+    (evaluation,) = [line["evaluation"] for line in lines if "evaluation" in line]
+    assert figures <= evaluation.keys()
+    assert evaluation["bits_per_image"] == pytest.approx(evaluation["nats_per_token"] * 4 / np.log(2), abs=0.01)
+    assert train(tmp_path / "without").code == 0
+    assert not [name for name in newest(tmp_path / "without") if name.startswith("prior")]
+    assert not figures & curve(tmp_path / "without")[-1].keys()
+
+
+def test_the_opponent_changes_the_model_and_the_model_folder_holds_none_of_it(train, everything, tmp_path):
     assert train(tmp_path / "alone").code == 0
-    alone, against = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", with_opponent))
+    alone, against = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", everything))
     assert alone.keys() == against.keys()
     assert any((alone[name] != against[name]).any() for name in alone)
-    ChannelTokenizer.from_pretrained(with_opponent)
+    ChannelTokenizer.from_pretrained(everything)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
-def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, with_opponent, tmp_path, seed):
+def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, everything, tmp_path, seed):
     rng, folder, kills = random.Random(seed), tmp_path / "run", 0
-    flags = ("--data-dir", data, "--output-dir", folder, *FLAGS, *GAN, "--gan-weighting", "adaptive")
+    flags = ("--data-dir", data, "--output-dir", folder, *FLAGS, *EVERYTHING)
     checkpoints = folder / "checkpoints"
     for _ in range(3):
         before = set(checkpoints.glob("step-*"))
@@ -129,7 +155,7 @@ def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, wit
         assert done.code == 0, done.err
     assert kills >= 1
     for name in ("model.safetensors", "log.jsonl", "checkpoints/step-00000006/training.safetensors"):
-        assert (folder / name).read_bytes() == (with_opponent / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (everything / name).read_bytes(), name
 
 
 KILL_AT_STEP_4 = """
@@ -149,9 +175,9 @@ training.Loop._step = dying
     [("--channels-last", "true"), ("--channels-last", "true", "--mixed-precision", "bf16"), ("--micro-batch-size", 4)],
 )
 def test_a_run_is_resumed_exactly_in_any_layout_and_format(train, tmp_path, flags):
-    assert train(tmp_path / "whole", *GAN, *flags).code == 0
-    assert train(tmp_path / "killed", *GAN, *flags, before=KILL_AT_STEP_4).code == -9
-    done = train(tmp_path / "killed", *GAN, *flags, "--resume")
+    assert train(tmp_path / "whole", *GAN, *RATE, *flags).code == 0
+    assert train(tmp_path / "killed", *GAN, *RATE, *flags, before=KILL_AT_STEP_4).code == -9
+    done = train(tmp_path / "killed", *GAN, *RATE, *flags, "--resume")
     assert "resumed at step 4 of 6" in done.err
     for name in ("model.safetensors", "log.jsonl", "checkpoints/step-00000006/training.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -174,7 +200,7 @@ def test_a_launcher_s_settings_are_not_silently_ignored(train, tmp_path, variabl
     assert named in done.err
 
 
-def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, with_opponent, vgg_weights, tmp_path):
+def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, everything, vgg_weights, tmp_path):
     flags = ("--perceptual", "lpips", "--perceptual-weights", vgg_weights, "--lpips-weight", 2, "--steps", 2)
     done = train(tmp_path / "run", *flags, "--checkpoint-every", 2, "--evaluate-every", 2)
     assert done.code == 0, done.err
@@ -183,14 +209,13 @@ def test_the_perceptual_distance_is_minimised_and_stays_out_of_the_model(train, 
     assert record["lpips"] > 0
     assert record["reconstruction"] == pytest.approx(expected, rel=1e-5)
     assert (
-        load_file(tmp_path / "run" / "model.safetensors").keys()
-        == load_file(with_opponent / "model.safetensors").keys()
+        load_file(tmp_path / "run" / "model.safetensors").keys() == load_file(everything / "model.safetensors").keys()
     )
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert not [name for name in load_file(checkpoint / "training.safetensors") if "perceptual" in name]
 
 
-def test_the_classifier_takes_vgg_s_place(train, with_opponent, classifier, tmp_path):
+def test_the_classifier_takes_vgg_s_place(train, everything, classifier, tmp_path):
     flags = ("--perceptual", "features", "--perceptual-weights", classifier, "--lpips-weight", 2, "--steps", 2)
     done = train(tmp_path / "run", *flags, "--checkpoint-every", 2, "--evaluate-every", 2)
     assert done.code == 0, done.err

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from common.errors import InputError
 from common.images import MIDDLE_SQUARE, Crop, UnreadableImageError, load_image
-from common.steps import generator_for
+from common.steps import Stream, generator_for
 from tokenizer.sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ImageDataset(Dataset[_Sample]):
         if self.augmentation is None:
             return False, MIDDLE_SQUARE
         # the flip is drawn first, and also where it is not wanted: no setting changes what another one draws
-        rng = generator_for(self.seed, 3, index, epoch)
+        rng = generator_for(self.seed, Stream.AUGMENTATION, index, epoch)
         flip = bool(torch.rand((), generator=rng) < 0.5) and self.augmentation.random_flip
         if self.augmentation.min_crop == 1:
             return flip, MIDDLE_SQUARE

@@ -77,13 +77,6 @@ class PatchDiscriminator(nn.Module):
         return logits
 
 
-def judge_without_learning(discriminator: nn.Module, images: Tensor) -> Tensor:
-    """The discriminator's logits, with gradients to the pictures and none to its own weights."""
-    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    logits: Tensor = torch.func.functional_call(discriminator, frozen, (images,))
-    return logits
-
-
 def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstructed: Tensor) -> dict[str, Tensor]:
     """Hinge loss (Lim and Ye, 2017, arXiv 1705.02894) and the mean logits; pictures (b 3 H W) get no gradient."""
     # one pass over both: two would be two forward passes of DistributedDataParallel before one backward pass

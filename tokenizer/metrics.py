@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.images import to_float, to_uint8
+from common.images import to_uint8
 from tokenizer.tokenizer import ChannelTokenizer
 
 PEAK = 255.0
@@ -56,11 +56,12 @@ def check_ssim_size(image_size: int) -> None:
 
 
 @torch.no_grad()
-def psnr_by_length(tokenizer: ChannelTokenizer, images: Tensor, lengths: list[int]) -> dict[int, Tensor]:
+def psnr_by_length(
+    tokenizer: ChannelTokenizer, tokens: Tensor, images: Tensor, lengths: list[int]
+) -> dict[int, Tensor]:
     """Peak signal-to-noise ratio in dB of 8-bit reconstructions from the first k tokens, for each k: (b,).
 
-    images: (b 3 H W) uint8. Each image is encoded once.
+    tokens: (b C) of the images; images: (b 3 H W) uint8.
     """
     images = images.to(tokenizer.device)
-    tokens = tokenizer.tokenize(to_float(images))
     return {k: psnr(to_uint8(tokenizer.detokenize(tokens[:, :k])), images) for k in lengths}

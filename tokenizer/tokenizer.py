@@ -81,15 +81,17 @@ class ChannelTokenizer(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Keep PyTorch's own initialisation of each layer (transformers would draw normals of 0.02)."""
 
-    def forward(self, images: Tensor, keep: Tensor) -> TrainingOutput:
+    def forward(self, images: Tensor, keep: Tensor, flips: Tensor | None = None) -> TrainingOutput:
         """Reconstruct through the quantizer with gradients, channels outside `keep` dropped.
 
         Args:
             images: (b 3 H W) in [-1, 1].
             keep: (b c) bool, from `tail_drop.prefix_mask`.
+            flips: (b c n), -1 where the decoder receives a bit with the other sign and 1 elsewhere; None flips none.
         """
         vectors = self.quantizer.to_sphere(self.encode(images))
-        quantized = self.quantizer.to_latents(straight_through(vectors))
+        codes = straight_through(vectors)
+        quantized = self.quantizer.to_latents(codes if flips is None else codes * flips)
         return TrainingOutput(images=self.decode(drop_tail(quantized, keep)), vectors=vectors)
 
     def encode(self, images: Tensor) -> Tensor:

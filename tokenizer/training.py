@@ -24,6 +24,7 @@ from tokenizer.discriminator import GanConfig
 from tokenizer.losses import TokenizerLossConfig
 from tokenizer.metrics import evaluation_lengths, psnr_by_length
 from tokenizer.objective import TokenizerObjective
+from tokenizer.rate import RateConfig, RateTerm, rate_figures
 from tokenizer.sources import DataConfig, open_source
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.tokenizer import ChannelTokenizer
@@ -115,6 +116,7 @@ def train_tokenizer(
     loss_config: TokenizerLossConfig,
     tail_drop: TailDropConfig,
     gan: GanConfig,
+    rate: RateConfig,
 ) -> None:
     """Train a `ChannelTokenizer` and write it to training.output_dir.
 
@@ -139,6 +141,7 @@ def train_tokenizer(
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
         "tail_drop": asdict(tail_drop),
         "gan": asdict(gan),
+        "rate": asdict(rate),
         "augmentation": asdict(augmentation),
         "images": train_source.fingerprint(),
     }
@@ -146,15 +149,17 @@ def train_tokenizer(
     memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
     nn.Module.to(model, memory_format=memory_format)
     model.reader.requires_grad_(not training.frozen_encoder)
-    objective = TokenizerObjective(loss_config, tail_drop, gan, accelerator.device)
-    opponent = objective.opponent(memory_format)
+    rate_term = None
+    if rate.has_rate:
+        rate_term = RateTerm(rate, model_config.num_channels, model_config.num_bits, len(train_source.classes))
+    objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, rate_term, accelerator.device)
     if training.compile:
         check_can_compile(accelerator.device)
         if gan.gan_weighting == "adaptive":
             # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
             torch._functorch.config.donated_buffer = False  # noqa: SLF001
         model.compile()
-    loop = Loop(model, training, accelerator, identity, opponent)
+    loop = Loop(model, training, accelerator, identity, objective.auxiliary_models(memory_format))
     unreadable = UnreadableFiles(training.strict)
 
     size, seed = model_config.image_size, training.seed
@@ -184,11 +189,13 @@ def train_tokenizer(
         if not len(batch.images):
             raise InputError(f"no image of {train_source.name} can be read; see the lines above")
         inputs = to_float(batch.images.to(accelerator.device, non_blocking=True))
-        return objective(loop, model, inputs.contiguous(memory_format=memory_format), part)
+        labels = batch.labels.to(accelerator.device, non_blocking=True)
+        return objective(loop, model, inputs.contiguous(memory_format=memory_format), labels, part)
 
     def evaluate(averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
         lengths = evaluation_lengths(model_config.num_channels)
         found: dict[int, list[Tensor]] = {k: [] for k in lengths}
+        nats: list[Tensor] = []
         shown: list[Tensor] = []
         seen = damaged = 0
         for batch in tqdm(held_batches, desc="evaluation", leave=False):
@@ -197,14 +204,21 @@ def train_tokenizer(
             shown += [image for place, image in enumerate(batch.images, seen) if place in pictured]
             seen += len(batch.images)
             if len(batch.images):
-                for k, values in psnr_by_length(averaged, batch.images, lengths).items():
+                tokens = averaged.tokenize(to_float(batch.images.to(averaged.device)))
+                for k, values in psnr_by_length(averaged, tokens, batch.images, lengths).items():
                     found[k].append(values)
+                if rate_term is not None:
+                    nats.append(rate_term.nats(tokens, batch.labels))
         if not seen:
             raise InputError(f"no image of {val_source.name} can be read; see the lines above")
         picture = output_dir / "reconstructions" / f"step-{step:08d}.png"
         reconstruction_sheet(averaged, torch.stack(shown), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
+        if nats:
+            rates = {name: round(value.item(), 3) for name, value in rate_figures(torch.cat(nats)).items()}
+            logger.info("step %d: %.3f nats per token, %.0f bits per image", step, *list(rates.values())[:2])
+            figures |= rates
         return {**figures, "unreadable": damaged}
 
     def export(averaged: ChannelTokenizer) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from common.measuring import held_bytes
-from common.players import make_optimizer
+from common.model_state import make_optimizer
 from common.runtime import pick_dtype
 from common.turns import Contender
 from generator.config import TokenLayout

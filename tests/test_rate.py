@@ -1,0 +1,141 @@
+"""The rate term of the tokenizer's training, and noise on its bits."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.steps import Part
+from tokenizer.bsq import pack_bits, signs_to_codes
+from tokenizer.rate import RateConfig, RateTerm, bit_flips, rate_figures
+from tokenizer.tokenizer import ChannelTokenizer
+
+B, C, BITS, CLASSES = 4, 5, 3, 2
+PART = Part(seed=3, step=9, rows=range(B), batch_size=B)
+LABELS = torch.tensor([0, 1, 1, 0])
+KEEP = torch.arange(C) < torch.tensor([1, 3, C, 2])[:, None]
+
+
+def term(**settings: Any) -> RateTerm:
+    """With a prior of random weights."""
+    found = RateTerm(RateConfig(**{"rate_warmup_steps": 0, "prior_label_dropout": 0} | settings), C, BITS, CLASSES)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in found.prior.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng)
+    return found
+
+
+def random_vectors() -> Tensor:
+    vectors = torch.randn(B, C, BITS, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(vectors, dim=-1).requires_grad_()
+
+
+def test_the_rate_is_the_weighted_nats_of_kept_channels() -> None:
+    rate, vectors = term(rate_weight=0.1, late_rate_weight=0.3), random_vectors()
+    terms, _ = rate.losses(vectors, KEEP, LABELS, PART)
+    with torch.no_grad():
+        nats = rate.prior(vectors.sign(), LABELS)
+    weights = [0.1, 0.15, 0.2, 0.25, 0.3]
+    kept = [weights[c] * float(nats[i, c]) for i in range(B) for c in range(C) if KEEP[i, c]]
+    assert terms["rate"].item() == pytest.approx(math.fsum(kept) / (B * C), rel=1e-5)
+    assert float(terms["nats_per_token"]) == pytest.approx(float(nats.mean()), rel=1e-5)
+    assert torch.equal(rate.nats(pack_bits(signs_to_codes(vectors)), LABELS), nats)
+
+
+def test_each_loss_teaches_its_own_model() -> None:
+    rate, vectors = term(rate_weight=0.1), random_vectors()
+    terms, prior_loss = rate.losses(vectors, KEEP, LABELS, PART)
+    terms["rate"].backward()
+    assert vectors.grad is not None
+    assert all(parameter.grad is None for parameter in rate.prior.parameters())
+    last = int(KEEP.sum(1)[0])
+    assert (vectors.grad[0, last:] == 0).all()  # a dropped channel costs nothing
+    assert (vectors.grad[0, :last] != 0).all()
+    vectors.grad = None
+    prior_loss(rate.prior)["loss"].backward()
+    assert vectors.grad is None
+    assert all(parameter.grad is not None for parameter in rate.prior.parameters())
+
+
+def test_the_prior_s_loss_is_its_nats_with_a_penalty() -> None:
+    plain, regularized = term(rate_weight=0.1, prior_l2_weight=0), term(rate_weight=0.1, prior_l2_weight=0.01)
+    losses = []
+    for rate in (plain, regularized):
+        terms, prior_loss = rate.losses(random_vectors(), KEEP, LABELS, PART)
+        losses.append(float(prior_loss(rate.prior)["loss"].detach() - terms["nats_per_token"]))
+    below = regularized.prior.weight.detach().tril(-1).square().sum()
+    expected = 0.01 * float(below + regularized.prior.class_bias.detach().square().sum())
+    assert losses == pytest.approx([0, expected], rel=1e-4, abs=1e-6)
+
+
+def test_labels_are_dropped_as_often_as_asked() -> None:
+    rate = term(rate_weight=0.1, prior_label_dropout=1.0)
+    vectors = random_vectors()
+    terms, _ = rate.losses(vectors, KEEP, LABELS, PART)
+    with torch.no_grad():
+        unknown = rate.prior(vectors.sign(), torch.full((B,), CLASSES)).mean()
+    assert float(terms["nats_per_token"]) == pytest.approx(float(unknown), rel=1e-5)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.1), (4, 0.5), (9, 1), (500, 1)])
+def test_weights_rise_over_the_warm_up_and_along_the_channels(step: int, share: float) -> None:
+    found = RateConfig(rate_weight=0.02, late_rate_weight=0.1, rate_warmup_steps=10).weights_at(step, 3)
+    assert found.tolist() == pytest.approx([share * 0.02, share * 0.06, share * 0.1])
+    assert RateConfig(rate_weight=0.2, rate_warmup_steps=0).weights_at(0, 3).tolist() == pytest.approx([0.2] * 3)
+
+
+def test_figures_are_means_over_ranges_of_positions() -> None:
+    nats = torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    found = {name: float(value) for name, value in rate_figures(nats).items()}
+    rows = nats.tolist()
+
+    def mean(first: int, last: int) -> float:
+        return math.fsum(row[k - 1] for row in rows for k in range(first, last + 1)) / (3 * (last - first + 1))
+
+    assert found == pytest.approx(
+        {
+            **{"nats_per_token": mean(1, 20), "bits_per_image": 20 * mean(1, 20) / math.log(2)},
+            **{"nats_1": mean(1, 1), "nats_2_4": mean(2, 4), "nats_5_16": mean(5, 16), "nats_17_20": mean(17, 20)},
+        }
+    )
+
+
+def test_bits_flip_more_often_in_later_channels_whatever_the_micro_batch() -> None:
+    batch, channels, bits = 2000, 5, 4
+    whole = Part(seed=0, step=1, rows=range(batch), batch_size=batch)
+    flips = bit_flips(torch.Size((batch, channels, bits)), 0.4, whole, torch.device("cpu"))
+    assert set(flips.unique().tolist()) == {-1.0, 1.0}
+    shares = (flips < 0).float().mean((0, 2))
+    assert shares[0] == 0
+    # five standard deviations of a share of 8,000 draws are 0.027
+    assert shares.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.027)
+    part = Part(seed=0, step=1, rows=range(1, batch, 2), batch_size=batch)
+    half = bit_flips(torch.Size((batch // 2, channels, bits)), 0.4, part, torch.device("cpu"))
+    assert torch.equal(half, flips[1::2])
+
+
+def test_flipped_bits_reach_the_decoder_and_nothing_else(tiny_tokenizer: ChannelTokenizer) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    keep = torch.ones(2, 16, dtype=torch.bool)
+    flips = torch.ones(2, 16, 6)
+    flips[1, 3, 2] = -1
+    with torch.no_grad():
+        plain, flipped = tiny_tokenizer(images, keep), tiny_tokenizer(images, keep, flips)
+        tokens = tiny_tokenizer.tokenize(images)
+    tokens[1, 3] ^= 1 << 3  # the third of six bits, the first being the most significant
+    torch.testing.assert_close(flipped.images, tiny_tokenizer.detokenize(tokens))
+    assert torch.equal(flipped.vectors, plain.vectors)
+    assert torch.equal(flipped.images[0], plain.images[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rate_weight", -1.0), ("rate_weight", math.nan), ("late_rate_weight", math.inf), ("rate_warmup_steps", -1),
+     ("prior_learning_rate", 0.0), ("prior_l2_weight", -1.0), ("prior_label_dropout", 1.5), ("bit_noise", 0.6)],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} is"):
+        RateConfig(**{name: value})

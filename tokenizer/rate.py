@@ -1,0 +1,159 @@
+"""The rate term of the tokenizer's training: distortion + rate_weight x nats per token, under a prior trained jointly.
+
+Bits that the prior cannot predict cost rate, so the encoder spends them where they lower the distortion. The method is
+that of learned image compression (Ballé et al., 2018, arXiv 1802.01436, section 2) with binary codes and straight-
+through gradients; ChannelTok (arXiv 2606.04461) has no such term.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.bit_prior import BitPrior
+from common.errors import InputError
+from common.model_state import AuxiliaryModel, call_frozen
+from common.runtime import send
+from common.steps import Part, Stream
+from tokenizer.bsq import straight_through, unpack_bits
+from tokenizer.metrics import evaluation_lengths
+
+PRIOR_BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateConfig:
+    """The rate term, the prior that it is measured with, and noise on the bits.
+
+    The weight of a token's rate changes linearly from the first channel to the last, and rises from 0 over the first
+    `rate_warmup_steps`. A weight that rises towards the last channel saves more rate for the same quality at every k
+    than a constant one (docs/lab.md).
+    """
+
+    rate_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the first channel's rate, in nats per token; 0 and no late_rate_weight: no rate "
+                  "term, as published"},
+    )  # fmt: skip
+    late_rate_weight: float | None = field(
+        default=None, metadata={"help": "weight of the last channel's rate, linear between; default: rate_weight"}
+    )
+    rate_warmup_steps: int = field(default=1000, metadata={"help": "steps over which the weights rise from 0"})
+    prior_learning_rate: float = field(
+        default=1e-3, metadata={"help": "peak learning rate of the prior; follows the tokenizer's schedule"}
+    )
+    prior_l2_weight: float = field(
+        default=1e-5, metadata={"help": "L2 penalty: nats per token for a sum of squared weights of 1"}
+    )
+    prior_label_dropout: float = field(
+        default=0.1, metadata={"help": "share of images whose class the prior is not given, in [0, 1]"}
+    )
+    bit_noise: float = field(
+        default=0.0,
+        metadata={"help": "probability in [0, 0.5] that a bit of the last channel is flipped before the decoder; "
+                  "falls linearly to 0 at the first channel"},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("rate_weight", "late_rate_weight", "rate_warmup_steps", "prior_l2_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}; it must be finite and not negative")
+        if not 0 < self.prior_learning_rate < math.inf:
+            raise InputError(f"prior_learning_rate is {self.prior_learning_rate}; it must be finite and above 0")
+        for name, most in (("prior_label_dropout", 1), ("bit_noise", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, {most}]")
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the rate costs anything."""
+        return max(self.rate_weight, self.late_rate_weight or 0) > 0
+
+    def weights_at(self, step: int, num_channels: int) -> Tensor:
+        """Weight of each channel's rate at a step: (c,) float32."""
+        late = self.rate_weight if self.late_rate_weight is None else self.late_rate_weight
+        share = min((step + 1) / max(self.rate_warmup_steps, 1), 1.0)
+        return share * torch.linspace(self.rate_weight, late, num_channels)
+
+
+def position_ranges(num_channels: int) -> list[range]:
+    """Channels between neighbouring evaluation lengths: 0, 1-3, 4-15, ... ."""
+    ends = evaluation_lengths(num_channels)
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def rate_figures(nats: Tensor) -> dict[str, Tensor]:
+    """Mean rates of tokens (b c): nats_per_token, bits_per_image, and nats_1, nats_2_4, ... by range of positions."""
+    figures = {"nats_per_token": nats.mean(), "bits_per_image": nats.sum(1).mean() / math.log(2)}
+    for positions in position_ranges(nats.shape[1]):
+        numbers = dict.fromkeys([positions[0] + 1, positions[-1] + 1])  # they count from 1, as k does
+        figures["_".join(["nats", *map(str, numbers)])] = nats[:, positions.start : positions.stop].mean()
+    return figures
+
+
+class RateTerm:
+    """Rate of a batch's bits: a loss for the tokenizer, and one for the prior.
+
+    Args:
+        config: weights and schedule.
+        num_channels: C.
+        num_bits: n, bits of a token.
+        num_classes: classes of the images.
+    """
+
+    def __init__(self, config: RateConfig, num_channels: int, num_bits: int, num_classes: int):
+        self.config = config
+        self.prior = BitPrior(num_channels, num_bits, num_classes)
+
+    def auxiliary_model(self) -> AuxiliaryModel:
+        """The prior, for `common.training.Loop`."""
+        rate = self.config.prior_learning_rate
+        return AuxiliaryModel(model=self.prior, learning_rate=rate, betas=PRIOR_BETAS, follows_schedule=True)
+
+    def losses(
+        self, vectors: Tensor, keep: Tensor, class_labels: Tensor, part: Part
+    ) -> tuple[dict[str, Tensor], Callable[[nn.Module], dict[str, Tensor]]]:
+        """Both losses of a micro-batch.
+
+        Args:
+            vectors: (b c n) on the unit sphere, before quantization.
+            keep: (b c) bool; channels that were dropped cost nothing, but the prior learns from them too.
+            class_labels: (b,), some of which the prior is not given.
+            part: place of the micro-batch in the step.
+
+        Returns:
+            Terms: "rate", the weighted loss with gradients to `vectors` and none to the prior, and `rate_figures`.
+            And the prior's loss, to be called with the (perhaps wrapped) prior.
+        """
+        drawn = torch.rand(part.batch_size, generator=part.rng(Stream.PRIOR_LABELS))[list(part.rows)]
+        dropped = send(drawn < self.config.prior_label_dropout, class_labels.device)
+        labels = torch.where(dropped, self.prior.null_label, class_labels)
+        bits = straight_through(vectors) * vectors.shape[-1] ** 0.5
+        nats: Tensor = call_frozen(self.prior, bits, labels)
+        weights = send(self.config.weights_at(part.step, nats.shape[1]), nats.device)
+        rate = torch.where(keep, weights * nats, 0.0).sum() / keep.numel()
+        terms = {"rate": rate, **rate_figures(nats.detach())}
+        return terms, partial(self._prior_loss, bits=bits.detach(), labels=labels)
+
+    @torch.no_grad()
+    def nats(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
+        """Tokens (b c) and labels (b,) -> nats of each token (b c), float32, on the CPU."""
+        device = self.prior.weight.device
+        bits = unpack_bits(tokens.to(device), self.prior.num_bits).sign()
+        nats: Tensor = self.prior(bits, class_labels.to(device))
+        return nats.cpu()
+
+    def _prior_loss(self, prior: nn.Module, bits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": prior(bits, labels).mean() + self.config.prior_l2_weight * self.prior.penalty()}
+
+
+def bit_flips(shape: torch.Size, most: float, part: Part, device: torch.device) -> Tensor:
+    """Signs (b c n), float32, -1 where a bit is flipped; see `RateConfig.bit_noise` for the probabilities."""
+    _, channels, bits = shape
+    uniform = torch.rand(part.batch_size, channels, bits, generator=part.rng(Stream.BIT_NOISE))[list(part.rows)]
+    odds = most * torch.linspace(0, 1, channels)[:, None]
+    return send(torch.where(uniform < odds, -1.0, 1.0), device)
