@@ -33,7 +33,10 @@ from tokenizer.sources import DataConfig
 C, BITS, SIZE = 16, 6, 32
 NONE = {"perceptual": "none", "inception": "none"}
 NO_WEIGHTS = ["--perceptual", "none", "--inception", "none", "--num-workers", 0, "--device", "cpu"]
-FIELDS = {"num_tokens", "psnr", "ssim", "lpips", "rfid", "bits_per_pixel", "codebook_use"}
+FIELDS = {
+    *("num_tokens", "psnr", "ssim", "lpips", "rfid", "bits_per_pixel", "codebook_use"),
+    *("nats_per_token", "bits", "prior_distance"),
+}
 FILES = ["channel_gain.png", "codebook.png", "plots.png", "reconstructions.png", "results.json", "results.md"]
 NO_INITIAL_VALUES = """
 import torch
@@ -361,7 +364,7 @@ def test_a_run_with_weights_from_files(
     text = (out / "results.md").read_text()
     assert "| k | PSNR, dB | SSIM | LPIPS (VGG) | rFID, N = 3 |" in text
     assert "rFID is biased upwards" in text
-    assert "Not measured" not in text
+    assert "Not measured: bits, distance of the prior's samples." in text
 
 
 def low_rank_distance(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
@@ -395,7 +398,7 @@ def test_everything_that_a_run_leaves(
     assert found["reference"]["name"].endswith("/val")
     assert len(found["reference"]["fingerprint"]) == 16
     assert f"{SIZE} pixels" in found["reference"]["preparation"]
-    assert found["methods"].keys() == {"psnr", "ssim", "lpips", "rfid"}
+    assert found["methods"].keys() == {"psnr", "ssim", "lpips", "rfid", "bits", "prior_distance"}
     assert found["methods"]["lpips"] is found["methods"]["rfid"] is None
     assert found["tokenizer"]["fingerprint"] == fingerprint(
         ChannelTokenizer.from_pretrained(pipeline_folder / "tokenizer")
@@ -423,7 +426,7 @@ def test_everything_that_a_run_leaves(
     assert found["command"] in text
     assert f"N = 13 images of 15, spread evenly ({found['reference']['name']})" in text
     assert "2 unreadable" in text
-    assert "Not measured: LPIPS (VGG), rFID." in text
+    assert "Not measured: LPIPS (VGG), rFID, bits, distance of the prior's samples." in text
     for name in FILES[:4]:
         with Image.open(tmp_path / "out" / name) as picture:
             picture.load()
@@ -513,7 +516,7 @@ def test_speed_does_not_wait_for_the_libraries_of_metrics(scripts: ScriptRunner,
 def found_with(**changes: Any) -> dict[str, Any]:
     row = {"num_tokens": 4, "psnr": 20.126, "ssim": 0.51234, "lpips": 0.25, "rfid": 33.333, "bits_per_pixel": 0.25}
     return {
-        "rows": [{**row, "codebook_use": 0.5}],
+        "rows": [{**row, "codebook_use": 0.5, "nats_per_token": 2.5, "bits": 14.43, "prior_distance": 8.125}],
         "images": 50_000,
         "unreadable": {"count": 0, "files": []},
         "reference": {"name": "val", "fingerprint": "ab", "available": 50_000, "preparation": "upright"},
@@ -530,7 +533,7 @@ def found_with(**changes: Any) -> dict[str, Any]:
 def test_the_table_says_how_many_images_rfid_rests_on() -> None:
     text = report.table(found_with())
     assert "| k | PSNR, dB | SSIM | LPIPS (VGG) | rFID, N = 50,000 | bits per pixel | codes used |" in text
-    assert "| 4 | 20.13 | 0.5123 | 0.2500 | 33.33 | 0.2500 | 50.0% |" in text
+    assert "| 4 | 20.13 | 0.5123 | 0.2500 | 33.33 | 0.2500 | 50.0% | 2.500 | 14 | 8.12 |" in text
     assert "N = 50,000 images (val)" in text
     assert "biased" not in text
     assert "the same 50,000 images, as the tokenizer sees them" in text

@@ -44,6 +44,21 @@ class ReconstructionConfig:
         metadata={"help": "images decoded at every k from 1 to C, for the gain by channel; 0: none"},
     )
     sheet_images: int = field(default=8, metadata={"help": "rows of reconstructions.png; 0: no such picture"})
+    prior_images: int = field(
+        default=0,
+        metadata={"help": "training images, beside their mirror images, that a linear prior is fitted to; the rate of "
+                  "the held-out tokens is measured under it; 0: no rate"},
+    )  # fmt: skip
+    prior_steps: int = field(default=1200, metadata={"help": "steps of that fit, of 512 images each"})
+    prior_samples: int = field(default=2000, metadata={"help": "samples of that prior for --features"})
+    features: str | None = field(
+        default=None,
+        metadata={"help": "classifier of `benchmark.py features`: measure the distance of the prior's samples as it "
+                  "sees them"},
+    )  # fmt: skip
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "results.json of other tokenizers, for rate_distortion.png"}
+    )
     output_dir: str = field(
         default="runs/reconstruction", metadata={"help": "folder for results.json, results.md and the plots"}
     )
@@ -51,7 +66,10 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         if self.num_tokens is not None:
             check_num_tokens(self.num_tokens)
-        least = {"max_images": 1, "batch_size": 1, "num_workers": 0, "curve_images": 0, "sheet_images": 0}
+        least = {
+            "max_images": 1, "batch_size": 1, "num_workers": 0, "curve_images": 0, "sheet_images": 0,
+            "prior_images": 0, "prior_steps": 1, "prior_samples": 2,
+        }  # fmt: skip
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
@@ -62,6 +80,9 @@ class ReconstructionConfig:
         for name in ("perceptual", "inception"):
             if getattr(self, name) == "none" and getattr(self, f"{name}_weights") is not None:
                 raise InputError(f"{name} is none, but {name}_weights is given; leave one of them out")
+        for name in ("features", "compare"):
+            if getattr(self, name) and not self.prior_images:
+                raise InputError(f"{name} is given, but the rate is not measured; give --prior-images, or leave it out")
         if self.inception != "none" and self.max_images == 1:
             raise InputError("max_images is 1; rFID needs at least 2 images, or --inception none")
 

@@ -24,6 +24,7 @@ from tokenizer.perceptual import PerceptualDistance
 from tokenizer.reconstruction.codebook import CodebookCounts
 from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.reconstruction.data import open_images
+from tokenizer.reconstruction.rate import RateMeasurement, RateResults
 from tokenizer.sources import DataConfig
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -38,6 +39,7 @@ class ReconstructionResults:
     reference: which images, out of how many, and how they were prepared.
     curve: mean PSNR in dB at k = 1..C over the first `curve_images` images of the curve; empty without one.
     sheet: for each shown image its pictures (3 H W) uint8 at every k, then the original.
+    rate: of the tokens, under a linear prior; None where it was not measured.
     """
 
     rows: list[Row]
@@ -48,6 +50,7 @@ class ReconstructionResults:
     curve: list[float]
     curve_images: int
     sheet: list[list[Tensor]]
+    rate: RateResults | None
     tokenizer: dict[str, Any]
     config: dict[str, Any]
     device: torch.device
@@ -72,6 +75,7 @@ def measure_reconstruction(
     tokenizer = move(tokenizer, device)
     pictures = PictureDecoder(tokenizer, dtype=pick_dtype(config.dtype))
     codebook = CodebookCounts(channels, tokenizer.config.codebook_size, device)
+    rating = RateMeasurement(tokenizer, data, config, device) if config.prior_images else None
     unreadable = UnreadableFiles(config.strict)
     in_curve = set(spread(images.count, config.curve_images)) if config.curve_images else set()
     in_sheet = set(spread(images.count, config.sheet_images)) if config.sheet_images else set()
@@ -94,6 +98,8 @@ def measure_reconstruction(
             tokens = tokenizer.tokenize(to_float(originals))
             codebook.add(tokens)
             comparison.add_originals(originals)
+            if rating is not None:
+                rating.add(tokens, batch.labels, originals)
             columns = []
             for k in budgets:
                 decoded = pictures(tokens[:, :k])
@@ -105,10 +111,11 @@ def measure_reconstruction(
                 curves.append(psnr_curve(pictures, tokens[curved], originals[curved], config.batch_size, bar.update))
     if not seen:
         raise InputError(f"none of the {images.count} images of {images.name} can be read; see the lines above")
+    rate = rating.finish(pictures, budgets) if rating is not None else None
     curve = torch.cat(curves).double() if curves else torch.empty(0, 0)
     last = tqdm(budgets, desc="distances", leave=False, disable=config.inception == "none")  # seconds for each k
     return ReconstructionResults(
-        rows=[_row(k, k * tokenizer.config.num_bits / image_size**2, codebook, comparison) for k in last],
+        rows=[_row(k, k * tokenizer.config.num_bits / image_size**2, codebook, comparison, rate) for k in last],
         images=seen,
         unreadable=unreadable.summary(),
         reference={
@@ -122,6 +129,7 @@ def measure_reconstruction(
         curve=curve.mean(0).tolist() if curves else [],
         curve_images=len(curve),
         sheet=sheet,
+        rate=rate,
         tokenizer={
             "name": config.tokenizer,
             "fingerprint": fingerprint(tokenizer),
@@ -175,18 +183,25 @@ class Comparison:
         return {"psnr": means["psnr"], "ssim": means["ssim"], "lpips": lpips, "rfid": rfid}
 
 
-def _row(k: int, bits_per_pixel: float, codebook: CodebookCounts, comparison: Comparison) -> Row:
+def _row(
+    k: int, bits_per_pixel: float, codebook: CodebookCounts, comparison: Comparison, rate: RateResults | None
+) -> Row:
     """A row for k.
 
     psnr (dB), ssim, lpips, rfid: see `Comparison.means`; null where not measured.
     bits_per_pixel: of the tokens as they are, k * num_bits / (H * W).
     codebook_use: share of the codes that occur among the first k channels.
+    nats_per_token, bits: of the first k tokens under the fitted prior, a mean and a sum; null where not measured.
+    prior_distance: Fréchet distance of the prior's samples from the images; null where not measured.
     """
     return {
         "num_tokens": k,
         **comparison.means(k),
         "bits_per_pixel": bits_per_pixel,
         "codebook_use": codebook.use(k),
+        "nats_per_token": float(rate.nats[:k].mean()) if rate else None,
+        "bits": float(rate.nats[:k].sum()) / math.log(2) if rate else None,
+        "prior_distance": rate.distances.get(k) if rate else None,
     }
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import write_text
+from common.checkpoint import read_json, write_text
+from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil
 from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
@@ -22,6 +23,8 @@ METHODS = {
     "ssim": "torchmetrics: Gaussian window 11 x 11, sigma 1.5, data range 255, border mirrored; mean over images",
     "lpips": "torchmetrics: VGG-16, on 8-bit pictures; mean over images",
     "rfid": "InceptionV3 of torch-fidelity, layer 2048; Fréchet distance in float64, by singular values",
+    "bits": "negative log-likelihood under a linear prior fitted to the tokens of training images, sum over k tokens",
+    "prior_distance": "samples of that prior against the images; Fréchet distance of the classifier's features",
 }
 COLUMNS = {
     "psnr": ("PSNR, dB", "{:.2f}"),
@@ -30,6 +33,9 @@ COLUMNS = {
     "rfid": ("rFID", "{:.2f}"),
     "bits_per_pixel": ("bits per pixel", "{:.4f}"),
     "codebook_use": ("codes used", "{:.1%}"),
+    "nats_per_token": ("nats per token", "{:.3f}"),
+    "bits": ("bits", "{:,.0f}"),
+    "prior_distance": ("distance of the prior's samples", "{:.2f}"),
 }
 PANELS = {
     "psnr": ("PSNR, dB (higher is better)", "linear"),
@@ -53,7 +59,8 @@ def content(results: ReconstructionResults, command: str) -> dict[str, Any]:
     """What results.json holds.
 
     rows: one for each k, see `measure._row`; null is "not measured". images: N, of all rows. codebook: see
-    `CodebookCounts.summary`. channel_gain: dB by channel, the first null, over `curve.images` images.
+    `CodebookCounts.summary`. prior: nats of each token under a prior fitted to train_images images and their mirror
+    images; null without one. channel_gain: dB by channel, the first null, over `curve.images` images.
     """
     measured = [name for name in METHODS if results.rows[0][name] is not None]
     return {
@@ -64,6 +71,9 @@ def content(results: ReconstructionResults, command: str) -> dict[str, Any]:
         "methods": {name: METHODS[name] if name in measured else None for name in METHODS},
         "tokenizer": results.tokenizer,
         "codebook": results.codebook,
+        "prior": {"train_images": results.rate.train_images, "nats": results.rate.nats.tolist()}
+        if results.rate
+        else None,
         "channel_gain": channel_gain(results.curve),
         "curve": {"images": results.curve_images, "psnr": results.curve},
         "settings": results.config,
@@ -153,6 +163,8 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
     limit_label = f"most that {found['images']:,} images can show"
     _save_plot(panels, folder / "codebook.png", f"Codes by channel\n{about}", "channel", limit_label=limit_label)
 
+    if found["prior"]:
+        _plot_rate_distortion(found, folder)
     if found["channel_gain"]:
         points = list(zip(channels, curve["psnr"], strict=True))
         gains = list(zip(channels, found["channel_gain"], strict=True))[1:]
@@ -162,6 +174,29 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
         ]
         title = f"What each channel adds\n{name}: {curve['images']} images, every k from 1 to {channels[-1]}"
         _save_plot(panels, folder / "channel_gain.png", title, "k, tokens kept")
+
+
+def rate_distortion_points(found: dict[str, Any], path: str | Path) -> list[tuple[float, float]]:
+    """(bits, PSNR in dB) for each k of what a results.json holds.
+
+    Raises:
+        InputError: it has no rate; `path` names it in the message.
+    """
+    try:
+        return [(float(row["bits"]), float(row["psnr"])) for row in found["rows"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} has no rate; make it with benchmark.py reconstruction --prior-images N") from error
+
+
+def _plot_rate_distortion(found: dict[str, Any], folder: Path) -> None:
+    lines = {found["tokenizer"]["name"]: rate_distortion_points(found, folder / "results.json")}
+    for path in found["settings"]["compare"]:
+        other = read_json(path)
+        points = rate_distortion_points(other, path)
+        lines[other["tokenizer"]["name"]] = points
+    panels = [Panel(title="PSNR, dB, against bits under a linear prior", lines=lines, y_scale="linear")]
+    title = f"Rate and distortion\n{_where(found)}"
+    _save_plot(panels, folder / "rate_distortion.png", title, "bits of an image's first k tokens", log2_x=True)
 
 
 def _save_plot(panels: list[Panel], path: Path, title: str, x_label: str, **options: Any) -> None:
@@ -174,10 +209,13 @@ def write_report(results: ReconstructionResults, output_dir: str | Path, command
     write_text(folder / "results.json", json.dumps(found, indent=1))
     write_text(folder / "results.md", table(found))
     _plots(found, folder)
+    labels = [*(f"k={row['num_tokens']}" for row in results.rows), "original"]
     if results.sheet:
-        labels = [*(f"k={row['num_tokens']}" for row in results.rows), "original"]
         rows = [[to_pil(image) for image in row] for row in results.sheet]
         save_png(captioned_table(rows, column_labels=labels), folder / "reconstructions.png")
+    if results.rate and results.rate.sheet:
+        rows = [[to_pil(image) for image in row] for row in results.rate.sheet]
+        save_png(captioned_table(rows, column_labels=labels[:-1]), folder / "prior_samples.png")
     if found["rows"][0]["rfid"] is not None and found["images"] < FEW_IMAGES:
         logger.warning("%s", _few_images(found["images"]))
     logger.info("results.json, results.md and pictures written to %s, after %.0f s", folder, results.seconds)
