@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common import cli, runtime
-from common.checkpoint import fingerprint, read_json, resolve_folder
+from common.checkpoint import fingerprint, resolve_folder
 from common.classifier import ClassifierConfig
 from common.errors import InputError
 from common.processes import team
@@ -33,7 +33,7 @@ from tokenizer.classifier import ClassifierTrainingConfig, train_classifier
 from tokenizer.data import AugmentationConfig
 from tokenizer.decoding import PictureDecoder
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
-from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, rate_distortion_points
+from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, read_curve
 from tokenizer.reconstruction import write_report as write_reconstruction_report
 from tokenizer.sources import DataConfig
 from tokenizer.throughput import VARIANTS, ThroughputConfig, measure_throughput
@@ -205,9 +205,9 @@ def train_speed(config: TrainSpeedConfig) -> None:
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     """Load, measure, write."""
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
-    for path in config.compare:  # refused now and not after the measurement
-        rate_distortion_points(read_json(path), path)
-    write_reconstruction_report(measure_reconstruction(tokenizer, data, config), config.output_dir, cli.command_line())
+    compared = [read_curve(path) for path in config.compare]
+    results = measure_reconstruction(tokenizer, data, config)
+    write_reconstruction_report(results, config.output_dir, cli.command_line(), compared)
 
 
 def fid(config: QualityConfig, sampling: SamplingConfig) -> None:

@@ -16,10 +16,11 @@ class RunningStatistics:
 
     Args:
         dimensions: d, numbers in a vector.
-        device: where to keep and compute them; it must know float64, which Apple's MPS does not.
+        device: where to keep and compute them; the CPU for Apple's MPS, which has no float64.
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
+        device = "cpu" if torch.device(device).type == "mps" else device
         self.count = 0
         self.mean = torch.zeros(dimensions, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)  # (count - 1) covariance

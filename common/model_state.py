@@ -16,12 +16,12 @@ State = Iterator[tuple[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryModel:
-    """A model that is trained beside the main one by a loss of its own, for example a GAN's discriminator.
+    """A model that is trained alongside the main one with a separate loss, for example a GAN's discriminator.
 
     Attributes:
         model: trained in place.
-        learning_rate: of its AdamW, which has no weight decay.
-        betas: of its AdamW.
+        learning_rate: of AdamW, without weight decay.
+        betas: of AdamW.
         follows_schedule: scale the learning rate as the main model's schedule does; otherwise it is constant.
     """
 
@@ -32,7 +32,7 @@ class AuxiliaryModel:
 
 
 def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
-    """Forward pass with gradients to the inputs and none to the module's own parameters."""
+    """Forward pass with gradients for the inputs only, not for the parameters."""
     frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, frozen, inputs)
 

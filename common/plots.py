@@ -45,10 +45,12 @@ def save_line_plot(
     dashed: Collection[str] = (),
     log2_x: bool = False,
     share_y: bool = True,
+    tick_each: bool = True,
 ) -> None:
     """Draw panels side by side, `columns` in a row, with common colours and one legend.
 
-    Every x of the data is a tick and has a marker, up to 16 of them. A name keeps its colour and marker in all panels;
+    Every x of the data is a tick and has a marker, up to 16 of them; without `tick_each` every point has a marker, and
+    ticks are those of the axis. A name keeps its colour and marker in all panels;
     those in `dashed` are drawn so. `log2_x`: each doubling of x takes the same room. `share_y`: one range of y for
     all panels. A legend is drawn only where it tells something: for several names, or a limit.
     """
@@ -58,9 +60,9 @@ def save_line_plot(
     styles: dict[str, dict[str, Any]] = {
         name: {
             "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)] if few else "",
+            "marker": MARKERS[i % len(MARKERS)] if few or not tick_each else "",
             "markersize": 4.5,
-            "linewidth": 1.8 if few else 1.2,
+            "linewidth": 1.8 if few or not tick_each else 1.2,
             "linestyle": "--" if name in dashed else "-",
         }
         for i, name in enumerate(names)
@@ -75,8 +77,9 @@ def save_line_plot(
         axis.set_yscale(panel.y_scale)
         if log2_x:
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(NullLocator())
-        if few:
+        if few and tick_each:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(which="major", color=GRID, linewidth=0.8)

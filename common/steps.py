@@ -8,14 +8,15 @@ no state of any random generator is kept.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from common.errors import InputError
+from common.randomness import Stream, generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +84,6 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
     return config.min_learning_rate + swing * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Stream(IntEnum):
-    """Random streams of a training run, the second number of a generator's key."""
-
-    ORDER = 1
-    STEP = 2
-    AUGMENTATION = 3
-    DROPOUT = 4
-    PREFIX_LENGTH = 6
-    PRIOR_LABELS = 7
-    BIT_NOISE = 8
-
-
-def generator_for(*key: int) -> torch.Generator:
-    """A CPU random generator that is a function of these numbers alone."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One micro-batch of a step: which rows of the step's whole batch this process has before it.
@@ -113,6 +96,10 @@ class Part:
     step: int
     rows: range
     batch_size: int
+
+    def drops(self, share: float, stream: Stream = Stream.STEP) -> Tensor:
+        """For each of `rows` whether something is dropped, with probability `share`: bool, on the CPU."""
+        return torch.rand(self.batch_size, generator=self.rng(stream))[list(self.rows)] < share
 
     def rng(self, stream: Stream = Stream.STEP) -> torch.Generator:
         """A fresh CPU generator, the same for all parts of a step: draw `batch_size` rows, then pick `rows`."""

@@ -21,9 +21,10 @@ from common.errors import InputError
 from common.journal import Journal
 from common.model_state import AuxiliaryModel, Average, ModelState, State, make_optimizer, shell_of
 from common.processes import Peers, whole
+from common.randomness import Stream, generator_for
 from common.resuming import Checkpoints
 from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
-from common.steps import LoopConfig, Part, StepPlan, StepSampler, Stream, generator_for, learning_rate_at
+from common.steps import LoopConfig, Part, StepPlan, StepSampler, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -44,7 +45,7 @@ class StepLoss:
 
     Attributes:
         terms: named scalars; "loss" is minimised by the model, the others are logged.
-        auxiliary: for each auxiliary model that takes part in this step, by name: the model -> its named scalars, of
+        auxiliary: for each auxiliary model that is updated in this step, by name: the model -> its named scalars, of
             which it minimises "loss"; all are logged with the model's name in front.
     """
 
@@ -77,7 +78,7 @@ class Loop:
         config: the shared settings.
         accelerator: from `make_accelerator`.
         identity: everything else that must not change on a resume, JSON values.
-        auxiliary: further models by name, each trained in the steps whose `StepLoss` has a loss for it.
+        auxiliary: further models by name, each updated in the steps whose `StepLoss.auxiliary` contains it.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class Loop:
         shell = shell_of(model) if accelerator.is_main_process else None
         betas = (config.beta1, config.beta2)
         self.main = self._prepare("", model, config.learning_rate, betas, config.weight_decay)
-        self._auxiliary_models = dict(auxiliary or {})
-        self.auxiliary = {
-            name: self._prepare(f"{name}.", other.model, other.learning_rate, other.betas, 0.0)
-            for name, other in self._auxiliary_models.items()
-        }
+        self.auxiliary: dict[str, ModelState] = {}
+        self._scheduled_rates: dict[str, float] = {}  # peak learning rates of those that follow the schedule
+        for name, extra in (auxiliary or {}).items():
+            self.auxiliary[name] = self._prepare(f"{name}.", extra.model, extra.learning_rate, extra.betas, 0.0)
+            if extra.follows_schedule:
+                self._scheduled_rates[name] = extra.learning_rate
         self.average: Average | None = None  # kept where it is looked at, or by all who hold a shard
         if shell is not None or self.sharded:
             self.average = Average(shell, self.main.bare, config.ema_decay, sharded=self.sharded)
@@ -233,9 +235,8 @@ class Loop:
         config, accelerator = self.config, self.accelerator
         rate = learning_rate_at(self.step, config)
         self.main.set_learning_rate(rate)
-        for name, auxiliary in self._auxiliary_models.items():
-            if auxiliary.follows_schedule:
-                self.auxiliary[name].set_learning_rate(auxiliary.learning_rate * rate / config.learning_rate)
+        for name, peak in self._scheduled_rates.items():
+            self.auxiliary[name].set_learning_rate(peak * rate / config.learning_rate)
         parts = self.plan.parts(self.step)
         found: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
@@ -246,11 +247,11 @@ class Loop:
                     result = loss(self.main.model, next(stream), part)
                 accelerator.backward(result.terms["loss"] / len(parts))
                 terms = dict(result.terms)
-                for other, loss_of in result.auxiliary.items():
+                for name, auxiliary_loss in result.auxiliary.items():
                     with accelerator.autocast():
-                        theirs = loss_of(self.auxiliary[other].model)
-                    accelerator.backward(theirs["loss"] / len(parts))
-                    terms |= {f"{other}_{name}": value for name, value in theirs.items()}
+                        auxiliary_terms = auxiliary_loss(self.auxiliary[name].model)
+                    accelerator.backward(auxiliary_terms["loss"] / len(parts))
+                    terms |= {f"{name}_{term}": value for term, value in auxiliary_terms.items()}
             found.append({name: value.detach() for name, value in terms.items()})
         terms = {name: torch.stack([entry[name] for entry in found]).mean() for name in found[0]}
         self._loss = terms["loss"]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.randomness import uniforms
 from generator.config import TokenLayout
 from generator.engine import Batch, Engine
-from generator.sampling import SamplingConfig, uniforms
+from generator.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

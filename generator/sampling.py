@@ -1,11 +1,10 @@
 """Pure functions on logits: guidance, filters, and one uniform number turned into one token."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,22 +76,6 @@ class SamplingConfig:
             "interval": ((share >= self.cfg_start) & (share < self.cfg_end)).double(),
         }[self.cfg_schedule]
         return (1 + (self.cfg_scale - 1) * weight).float()
-
-
-def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
-    """One number in [0, 1) for each image and position: (b C) float64, on the CPU.
-
-    Entry (i, j) is a function of seeds[i] and j alone (Philox, Salmon et al., 2011), so a picture does
-    not depend on its neighbours, on the number of tokens asked for, or on when drawing was stopped.
-
-    Raises:
-        InputError: a seed outside [0, 2**63).
-    """
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
-    rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_channels) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

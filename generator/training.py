@@ -19,8 +19,9 @@ from common.errors import InputError
 from common.measuring import machine
 from common.peak import peak_of
 from common.processes import make_accelerator
+from common.randomness import Stream, generator_for
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, send
-from common.steps import LoopConfig, Part, Stream, generator_for
+from common.steps import LoopConfig, Part
 from common.training import Loop, RunTasks, StepLoss
 from generator.config import GeneratorConfig, TokenLayout
 from generator.model import build_generator, save_generator, start_from
@@ -190,8 +191,8 @@ def train_generator(
     def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         tokens = batch.tokens.to(accelerator.device, non_blocking=True)
         labels = batch.labels.to(accelerator.device, non_blocking=True)
-        dropped = torch.rand(part.batch_size, generator=part.rng())[list(part.rows)] < training.label_dropout
-        labels = torch.where(send(dropped, labels.device), layout.null_label, labels)
+        dropped = send(part.drops(training.label_dropout), labels.device)
+        labels = torch.where(dropped, layout.null_label, labels)
         kept = (
             prefix_length(training.seed, part.step, layout.num_channels) if training.prefixes else layout.num_channels
         )

@@ -1,5 +1,6 @@
 """The linear prior against a float64 loop over bits."""
 
+import copy
 import math
 
 import pytest
@@ -14,12 +15,19 @@ C, BITS, CLASSES = 5, 3, 4
 
 
 def random_prior(channels: int = C, bits: int = BITS, classes: int = CLASSES) -> BitPrior:
-    """With weights above the diagonal too, which must not matter."""
+    """With weights above the diagonal too, which must have no effect."""
     prior = BitPrior(channels, bits, classes)
     rng = torch.Generator().manual_seed(0)
     for parameter in prior.parameters():
         parameter.data = torch.randn(parameter.shape, generator=rng) * 0.7
     return prior
+
+
+def uniform_null(prior: BitPrior) -> BitPrior:
+    """A copy whose null class has no biases of its own."""
+    changed = copy.deepcopy(prior)
+    changed.class_bias.data[changed.null_label] = 0
+    return changed
 
 
 def random_bits(count: int, seed: int = 1) -> Tensor:
@@ -30,7 +38,7 @@ LABELS = torch.tensor([0, 3, CLASSES, 1, 2, 0])
 
 
 @torch.no_grad()
-def test_nats_are_those_of_a_loop_over_bits() -> None:
+def test_nats_match_a_loop_over_bits() -> None:
     prior, bits = random_prior(), random_bits(6)
     found = prior(bits, LABELS)
     assert found.shape == (6, C)
@@ -41,7 +49,7 @@ def test_nats_are_those_of_a_loop_over_bits() -> None:
 
 
 @torch.no_grad()
-def test_the_context_of_a_bit_is_the_bits_before_it() -> None:
+def test_log_odds_depend_on_earlier_bits_only() -> None:
     prior, bits = random_prior(), random_bits(1)
     before = prior.log_odds(bits, LABELS[:1]).flatten()
     for j in range(C * BITS):
@@ -61,14 +69,18 @@ def test_gradients_reach_bits_as_targets_and_as_context() -> None:
     odds = [oracle.log_odds(prior, values[:i], int(LABELS[0])) for i in range(len(values))]
     wrong = [1 / (1 + math.exp(bit * odd)) for bit, odd in zip(values, odds, strict=True)]
     for j, found in enumerate(bits.grad.flatten().tolist()):
-        later = sum(values[i] * float(prior.weight[i, j]) * wrong[i] for i in range(j + 1, len(values)))
+        later = sum(values[i] * prior.weight[i, j].item() * wrong[i] for i in range(j + 1, len(values)))
         assert found == pytest.approx(-odds[j] * wrong[j] - later, rel=1e-4, abs=1e-5)
 
 
 @torch.no_grad()
-def test_a_fresh_prior_knows_nothing_and_autocast_changes_nothing() -> None:
-    fresh = BitPrior(C, BITS, CLASSES)(random_bits(6), LABELS)
-    assert fresh.tolist() == [[pytest.approx(BITS * math.log(2))] * C] * 6
+def test_a_new_prior_is_uniform() -> None:
+    nats = BitPrior(C, BITS, CLASSES)(random_bits(6), LABELS)
+    assert nats.tolist() == [[pytest.approx(BITS * math.log(2))] * C] * 6
+
+
+@torch.no_grad()
+def test_autocast_does_not_change_nats() -> None:
     prior, bits = random_prior(), random_bits(6)
     with torch.autocast("cpu", torch.bfloat16):
         half = prior(bits.bfloat16(), LABELS)
@@ -77,7 +89,7 @@ def test_a_fresh_prior_knows_nothing_and_autocast_changes_nothing() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("label", [1, CLASSES])
-def test_samples_occur_as_often_as_their_probability_says(label: int) -> None:
+def test_sample_frequencies_match_probabilities(label: int) -> None:
     prior, count = random_prior(channels=2, bits=2), 20_000
     drawn = prior.sample(torch.full((count,), label), range(count)).flatten(1)
     found = {tuple(image.tolist()): 0 for image in drawn.unique(dim=0)}
@@ -99,7 +111,7 @@ def test_a_sample_depends_on_its_seed_and_class_alone() -> None:
     assert not torch.equal(together[1], together[5])
 
 
-def test_a_fit_finds_the_prior_that_drew_the_data() -> None:
+def test_a_fit_recovers_the_prior_that_generated_the_data() -> None:
     true = random_prior()
     labels = torch.arange(4096) % CLASSES
     bits = true.sample(labels, range(4096))
@@ -110,15 +122,20 @@ def test_a_fit_finds_the_prior_that_drew_the_data() -> None:
         held_labels = torch.arange(2000) % CLASSES
         held = true.sample(held_labels, range(10_000, 12_000))
         best, found = true(held, held_labels).mean(), fitted(held, held_labels).mean()
-        unknown = fitted(held, torch.full((2000,), CLASSES)).mean()
+        unknown = torch.full((2000,), CLASSES)
+        null, unfitted = (fitted(held, unknown).mean(), uniform_null(fitted)(held, unknown).mean())
     assert found < best + 0.01
-    assert unknown > found + 0.05  # the null class was learned, and says less
+    assert found < null - 0.05
+    assert null < unfitted  # the null class is fitted, too
     assert ridge.penalty() < 0.5 * fitted.penalty()
 
 
-def test_wrong_seeds_are_refused() -> None:
+def test_seeds_and_labels_out_of_range_are_refused() -> None:
     prior = random_prior()
+    for label in (-1, CLASSES + 1):
+        with pytest.raises(InputError, match="class label is out of range; allowed are"):
+            prior.sample(torch.tensor([0, label]), [0, 1])
     with pytest.raises(InputError, match="2 seeds for 6 class labels"):
         prior.sample(LABELS, [0, 1])
-    with pytest.raises(InputError, match="seed is out of range"):
+    with pytest.raises(InputError, match="out of range"):
         prior.sample(LABELS[:1], [2**63])

@@ -80,7 +80,7 @@ def test_the_discriminator_s_loss_teaches_it_alone(small):
     small.zero_grad(set_to_none=True)
 
 
-def test_a_judgement_teaches_the_picture_alone(small):
+def test_a_frozen_call_has_gradients_for_its_inputs_only(small):
     fake = pictures(2, seed=2).requires_grad_()
     logits = call_frozen(small, fake)
     torch.testing.assert_close(logits, small(fake))

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import generator.progress
 from common.errors import InputError
-from common.steps import LoopConfig, StepPlan, StepSampler, generator_for
+from common.randomness import generator_for
+from common.steps import LoopConfig, StepPlan, StepSampler
 from generator.config import GeneratorConfig, TokenLayout
 from generator.decode import CachedDecoder
 from generator.engine import Engine

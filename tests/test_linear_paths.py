@@ -113,8 +113,8 @@ def test_they_are_brought_on_their_way_in_few_steps() -> None:
 
 
 @torch.no_grad()
-def test_an_encoder_in_bfloat16_gives_the_latents_of_one_in_float32() -> None:
-    """oneDNN 3 is wrong by more than 100% on CPUs with AMX for the path of 16 x 16 patches."""
+def test_an_encoder_s_path_is_float32_under_autocast_on_a_cpu() -> None:
+    """In bfloat16, oneDNN 3 has a relative error above 1 for the path of 16 x 16 patches on CPUs with AMX."""
     encoder = silenced(
         tokenizer(image_size=64, num_channels=64, encoder_widths=[32, 32, 32], decoder_widths=[32, 32]).encoder
     )
@@ -122,4 +122,4 @@ def test_an_encoder_in_bfloat16_gives_the_latents_of_one_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         half = encoder(images)
     exact = encoder(images)
-    assert (half - exact).norm() < 0.01 * exact.norm()
+    assert torch.equal(half, exact)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from common.bit_prior import BitPrior
 from common.fid import FeatureExtractor
 from common.images import load_image, to_float
+from common.plots import Panel
 from tokenizer import ChannelTokenizer, PictureDecoder
 from tokenizer.bsq import pack_bits, unpack_bits
-from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction
+from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, report
 from tokenizer.reconstruction import rate as rate_module
 from tokenizer.reconstruction.measure import ReconstructionResults
 from tokenizer.sources import DataConfig
@@ -113,15 +115,15 @@ def test_the_distance_is_that_of_the_prior_s_samples_from_the_images(
         expected = fid_oracle.frechet_distance(features(drawn).double().numpy(), real)
         assert row["prior_distance"] == pytest.approx(expected, rel=1e-3)
     assert results.rate is not None
-    shown = PictureDecoder(tiny_tokenizer, dtype=torch.float32)(tokens[[0, 5], :5])
+    shown = PictureDecoder(tiny_tokenizer, dtype=torch.float32)(tokens[:2, :5])
     assert torch.equal(torch.stack([row[1] for row in results.rate.sheet]), shown)
 
 
 @pytest.fixture
 def measure(scripts: ScriptRunner, pipeline_folder: Path, image_folder: Path, tmp_path: Path) -> Any:
-    def run(*words: object) -> Finished:
+    def run(*words: object, before: str = "") -> Finished:
         given = ["--tokenizer", pipeline_folder / "tokenizer", "--data-dir", image_folder, *FLAGS, *words]
-        return scripts("benchmark.py", "reconstruction", *given, cwd=tmp_path)
+        return scripts("benchmark.py", "reconstruction", *given, cwd=tmp_path, before=before)
 
     return run
 
@@ -139,26 +141,49 @@ def test_tokenizers_are_compared_in_one_plot(measure: Any, tmp_path: Path) -> No
         with Image.open(tmp_path / "one" / name) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=10**6) or []) > 20
 
-    found["tokenizer"]["name"] = "another"
-    (tmp_path / "other.json").write_text(json.dumps(found))
-    assert measure(*words, "--output-dir", "two", "--compare", "other.json").code == 0
-    one, two = ((tmp_path / name / "rate_distortion.png").read_bytes() for name in ("one", "two"))
-    assert one != two
+    again = measure(*words, "--output-dir", "one", "--compare", "one/results.json")
+    assert again.code == 0, again.err
+
+
+def test_curves_of_equal_names_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str, psnr: float, images: int) -> dict[str, Any]:
+        return {
+            "tokenizer": {"name": name}, "rows": [{"bits": 10.0, "psnr": psnr}], "images": images,
+            "reference": {"fingerprint": "ab", "available": 9, "name": "val"}, "prior": {"train_images": 7},
+        }  # fmt: skip
+
+    compared = []
+    for name, psnr, images in (("a", 2.0, 5), ("b", 3.0, 6)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found(name, psnr, images)))
+        compared.append(report.read_curve(tmp_path / f"{name}.json"))
+    panels: list[Panel] = []
+    monkeypatch.setattr(report, "save_line_plot", lambda given, *_, **__: panels.extend(given))
+    warnings: list[str] = []
+    monkeypatch.setattr(report.logger, "warning", lambda text, path: warnings.append(text % path))
+    report._plot_rate_distortion(found("a", 1.0, 5), compared, tmp_path)
+    lines = {name: list(points) for name, points in panels[0].lines.items()}
+    assert lines == {"a": [(10.0, 1.0)], f"a ({tmp_path / 'a.json'})": [(10.0, 2.0)], "b": [(10.0, 3.0)]}
+    assert warnings == [f"{tmp_path / 'b.json'} was measured on other images or with a prior fitted to others"]
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [(["--prior-images", -1], "prior_images is -1"), (["--prior-steps", 0], "prior_steps is 0"),
-     (["--features", "a"], "rate is not measured"), (["--compare", "a.json"], "rate is not measured"),
+     (["--features", "a"], "features needs a rate"), (["--compare", "a.json"], "compare needs a rate"),
+     (["--prior-images", 4, "--max-images", 1, "--features", "a"], "needs at least 2 images"),
      (["--prior-images", 4, "--compare", "a.json"], "a.json is missing"),
-     (["--prior-images", 4, "--compare", "without.json"], "without.json has no rate"),
+     (["--prior-images", 4, "--compare", "without.json"], "without.json has no rates"),
+     (["--prior-images", 4, "--data-dir", "other"], "have different classes"),
      (["--prior-images", 4, "--features", "nowhere"], "nowhere")],
 )  # fmt: skip
 def test_a_mistake_is_refused_before_anything_is_measured(
-    measure: Any, tmp_path: Path, words: list[object], named: str
+    measure: Any, image_folder: Path, tmp_path: Path, words: list[object], named: str
 ) -> None:
+    shutil.copytree(image_folder, tmp_path / "other")
+    (tmp_path / "other" / "val" / "n03").rename(tmp_path / "other" / "val" / "n04")
     (tmp_path / "without.json").write_text('{"rows": [{"psnr": 20.0, "bits": null}]}')
-    done = measure(*words)
+    never = "import tokenizer.extraction, tokenizer.tokenizer as t; t.ChannelTokenizer.tokenize = None"
+    done = measure(*words, before=never)
     assert done.code == 2, done.err
     assert done.err.count("\n") == 1, done.err
     assert named in done.err

@@ -115,6 +115,7 @@ def test_without_it_the_whole_tokenizer_goes_on_from_the_weights_that_it_was_giv
         # the default of another size is another size, too
         ((*SIZES, "--num-bits", 14), "num_bits is 14, but init_from"),
         (("--init-from", "nowhere/at/all"), "nowhere/at/all"),
+        (("--frozen-encoder", "--rate-weight", 0.1), "frozen_encoder keeps the tokens, so a rate term"),
         (("--frozen-encoder", "--save-dtype", "bfloat16"), "save_dtype bfloat16 would round its encoder; take float32"),
     ],
 )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from oracles import sampling as oracle
 
 from common.errors import InputError
-from generator.sampling import SamplingConfig, draw, filter_logits, guide, invert_cdf, uniforms
+from common.randomness import uniforms
+from generator.sampling import SamplingConfig, draw, filter_logits, guide, invert_cdf
 
 JUST_BELOW_ONE = math.nextafter(1.0, 0.0)
 FEW = settings(max_examples=60, deadline=None, derandomize=True)

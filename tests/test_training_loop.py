@@ -55,7 +55,7 @@ def close(found, expected, rtol):
             assert ours[name] == pytest.approx(value, rel=rtol, abs=rtol), (name, theirs["step"])
 
 
-# not both: a bit that rounding flips is enough to send a discriminator another way
+# apart: a single bit that rounding flips changes what a discriminator learns
 @pytest.mark.parametrize("flags", [[*GAN, "--gan-weighting", "adaptive"], RATE], ids=["gan", "rate"])
 def test_two_processes_give_the_loss_curve_of_one(train, tmp_path, flags):
     assert train(tmp_path / "one", *flags).code == 0
@@ -103,7 +103,7 @@ def test_the_opponent_waits_for_its_step_and_learns_from_there(everything):
     assert records[-1]["gan_weight"] != pytest.approx(0.1)  # adaptive
 
 
-def test_the_prior_is_trained_logged_and_kept_where_the_rate_has_a_weight(train, everything, tmp_path):
+def test_the_prior_is_trained_logged_and_checkpointed_with_a_rate_term(train, everything, tmp_path):
     def newest(folder):
         return load_file(folder / "checkpoints" / "step-00000006" / "training.safetensors")
 
@@ -111,6 +111,9 @@ def test_the_prior_is_trained_logged_and_kept_where_the_rate_has_a_weight(train,
     assert weight.shape == (16, 16)
     assert np.tril(weight, -1).any()
     assert not np.triu(weight).any()
+    # Adam's first step moves a parameter by the learning rate, here half of the peak in a warm-up of two steps
+    first = load_file(everything / "checkpoints" / "step-00000004" / "training.safetensors")
+    assert first["prior.optimizer.weight.step"] == 4
     figures = {"nats_per_token", "bits_per_image", "nats_1", "nats_2_4"}
     for record in curve(everything):
         assert figures | {"rate", "prior_loss"} <= record.keys()

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         latents: Tensor = self.shrink(self.trunk(patches))
         if self.straight is None:
             return latents
-        # in bfloat16, oneDNN 3 computes this convolution wrong on CPUs with AMX; float32 costs little
+        # oneDNN 3 returns wrong results for this convolution in bfloat16 on CPUs with AMX
         with torch.autocast("cpu", enabled=False):
             return latents + self.straight(patches)
 

@@ -20,7 +20,7 @@ from common.runtime import check_can_compile, leave_signals_to_the_trainer
 from common.steps import LoopConfig, Part
 from common.training import Loop, RunTasks, StepLoss
 from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate
-from tokenizer.sources import DataConfig, open_source
+from tokenizer.sources import DataConfig, check_same_classes, open_source
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "features.safetensors"
@@ -56,8 +56,7 @@ def train_classifier(
         InputError: settings or data that cannot be used, or classes that differ between the two splits.
     """
     train_source, val_source = open_source(data, "train"), open_source(data, "val")
-    if train_source.classes != val_source.classes:
-        raise InputError(f"{train_source.name} and {val_source.name} have different classes; they must be the same")
+    check_same_classes(train_source, val_source)
     names = read_json(training.class_names) if training.class_names else {}
     accelerator = make_accelerator(training)
     model = PictureClassifier(config, [str(names.get(name, name)) for name in train_source.classes])

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from common.errors import InputError
 from common.images import MIDDLE_SQUARE, Crop, UnreadableImageError, load_image
-from common.steps import Stream, generator_for
+from common.randomness import Stream, generator_for
 from tokenizer.sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class ImageBatch:
     unreadable: dict[str, str]
 
     def pin_memory(self) -> "ImageBatch":
-        """The same with its images in memory that a GPU can fetch from; torch's loader asks for it."""
-        return replace(self, images=self.images.pin_memory())
+        """The same in memory that a GPU can fetch from; torch's loader asks for it."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True, kw_only=True)

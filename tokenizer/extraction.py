@@ -53,14 +53,14 @@ def as_it_was_saved(tokenizer: ChannelTokenizer) -> ChannelTokenizer:
 def tokenize_files(
     tokenizer: ChannelTokenizer,
     source: ImageSource,
-    files: range,
+    files: Sequence[int],
     *,
     views: Views,
     batch_size: int,
     num_workers: int,
     unreadable: UnreadableFiles,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Tokens of a range of a split's files.
+    """Tokens of some of a split's files.
 
     Args:
         tokenizer: on the device to use.

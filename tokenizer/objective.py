@@ -35,7 +35,7 @@ class TokenizerObjective:
         tail_drop: which channels are dropped.
         gan: the adversarial part.
         bit_noise: see `RateConfig.bit_noise`.
-        rate_term: the rate term; None without one.
+        rate_term: rate term, or None.
         device: where to compute the perceptual distance.
 
     Raises:
@@ -60,7 +60,7 @@ class TokenizerObjective:
             self.perceptual = PerceptualDistance(loss.perceptual_weights).to(device)
 
     def auxiliary_models(self, memory_format: torch.memory_format) -> dict[str, AuxiliaryModel]:
-        """A fresh discriminator where the adversarial loss has a weight, and the prior of the rate term."""
+        """A new discriminator if gan_weight is above 0, and the prior if there is a rate term."""
         models: dict[str, AuxiliaryModel] = {}
         if self.gan.gan_weight > 0:
             discriminator = PatchDiscriminator(self.gan).to(memory_format=memory_format)
@@ -79,7 +79,7 @@ class TokenizerObjective:
         keep = send(prefix_mask(lengths[list(part.rows)], channels), images.device)
         flips = None
         if self.bit_noise > 0:
-            flips = bit_flips(torch.Size((len(images), channels, bits)), self.bit_noise, part, images.device)
+            flips = bit_flips(channels, bits, self.bit_noise, part, images.device)
         output = model(images, keep, flips)
         terms = tokenizer_loss(output, images, keep, self.loss, self.perceptual, loop.sum_over_processes)
         losses: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {}
@@ -88,7 +88,8 @@ class TokenizerObjective:
             losses[DISCRIMINATOR] = partial(discriminator_loss, images=images, reconstructed=output.images)
         if self.rate_term is not None:
             rate, losses[PRIOR] = self.rate_term.losses(output.vectors, keep, class_labels, part)
-            terms |= rate | {"loss": terms["loss"] + rate["rate"]}
+            terms |= rate
+            terms["loss"] = terms["loss"] + rate["rate"]
         return StepLoss(terms=terms, auxiliary=losses)
 
     def _adversarial(self, loop: Loop, terms: dict[str, Tensor], reconstructed: Tensor) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
-"""The rate term of the tokenizer's training: distortion + rate_weight x nats per token, under a prior trained jointly.
+"""Rate term of the tokenizer's training: distortion + weight x nats per token, under a jointly trained linear prior.
 
-Bits that the prior cannot predict cost rate, so the encoder spends them where they lower the distortion. The method is
-that of learned image compression (Ballé et al., 2018, arXiv 1802.01436, section 2) with binary codes and straight-
-through gradients; ChannelTok (arXiv 2606.04461) has no such term.
+Unpredictable bits increase the rate, so the encoder keeps them only where they reduce the distortion. This is the
+method of learned image compression (Ballé et al., 2018, arXiv 1802.01436, section 2) with binary codes and
+straight-through gradients; ChannelTok (arXiv 2606.04461) has no such term.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from common.bit_prior import BitPrior
 from common.errors import InputError
 from common.model_state import AuxiliaryModel, call_frozen
+from common.randomness import Stream
 from common.runtime import send
-from common.steps import Part, Stream
+from common.steps import Part
 from tokenizer.bsq import straight_through, unpack_bits
 from tokenizer.metrics import evaluation_lengths
 
@@ -26,17 +28,17 @@ PRIOR_BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
-    """The rate term, the prior that it is measured with, and noise on the bits.
+    """Settings of the rate term, its prior, and bit noise.
 
     The weight of a token's rate changes linearly from the first channel to the last, and rises from 0 over the first
-    `rate_warmup_steps`. A weight that rises towards the last channel saves more rate for the same quality at every k
-    than a constant one (docs/lab.md).
+    `rate_warmup_steps`. A weight that rises along the channels gives a lower rate at equal quality than a constant one
+    (docs/lab.md).
     """
 
     rate_weight: float = field(
         default=0.0,
-        metadata={"help": "weight of the first channel's rate, in nats per token; 0 and no late_rate_weight: no rate "
-                  "term, as published"},
+        metadata={"help": "weight of the first channel's rate, per nat and token; 0 without late_rate_weight: no rate "
+                  "term"},
     )  # fmt: skip
     late_rate_weight: float | None = field(
         default=None, metadata={"help": "weight of the last channel's rate, linear between; default: rate_weight"}
@@ -46,15 +48,15 @@ class RateConfig:
         default=1e-3, metadata={"help": "peak learning rate of the prior; follows the tokenizer's schedule"}
     )
     prior_l2_weight: float = field(
-        default=1e-5, metadata={"help": "L2 penalty: nats per token for a sum of squared weights of 1"}
+        default=1e-5, metadata={"help": "coefficient of the L2 penalty on the prior's weights"}
     )
     prior_label_dropout: float = field(
-        default=0.1, metadata={"help": "share of images whose class the prior is not given, in [0, 1]"}
+        default=0.1, metadata={"help": "probability that the prior is given the null label, in [0, 1]"}
     )
     bit_noise: float = field(
         default=0.0,
         metadata={"help": "probability in [0, 0.5] that a bit of the last channel is flipped before the decoder; "
-                  "falls linearly to 0 at the first channel"},
+                  "that of channel c of C is c/C of it"},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class RateConfig:
 
     @property
     def has_rate(self) -> bool:
-        """Whether the rate costs anything."""
+        """Whether a rate weight is above 0."""
         return max(self.rate_weight, self.late_rate_weight or 0) > 0
 
     def weights_at(self, step: int, num_channels: int) -> Tensor:
@@ -80,18 +82,15 @@ class RateConfig:
         return share * torch.linspace(self.rate_weight, late, num_channels)
 
 
-def position_ranges(num_channels: int) -> list[range]:
-    """Channels between neighbouring evaluation lengths: 0, 1-3, 4-15, ... ."""
-    ends = evaluation_lengths(num_channels)
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
 def rate_figures(nats: Tensor) -> dict[str, Tensor]:
-    """Mean rates of tokens (b c): nats_per_token, bits_per_image, and nats_1, nats_2_4, ... by range of positions."""
+    """Mean rates of tokens (b c): nats_per_token, bits_per_image, and nats_1, nats_2_4, ... by range of positions.
+
+    The ranges lie between neighbouring evaluation lengths; positions are 1-based, as k is.
+    """
     figures = {"nats_per_token": nats.mean(), "bits_per_image": nats.sum(1).mean() / math.log(2)}
-    for positions in position_ranges(nats.shape[1]):
-        numbers = dict.fromkeys([positions[0] + 1, positions[-1] + 1])  # they count from 1, as k does
-        figures["_".join(["nats", *map(str, numbers)])] = nats[:, positions.start : positions.stop].mean()
+    for start, end in pairwise([0, *evaluation_lengths(nats.shape[1])]):
+        name = f"nats_{end}" if end == start + 1 else f"nats_{start + 1}_{end}"
+        figures[name] = nats[:, start:end].mean()
     return figures
 
 
@@ -111,8 +110,8 @@ class RateTerm:
 
     def auxiliary_model(self) -> AuxiliaryModel:
         """The prior, for `common.training.Loop`."""
-        rate = self.config.prior_learning_rate
-        return AuxiliaryModel(model=self.prior, learning_rate=rate, betas=PRIOR_BETAS, follows_schedule=True)
+        learning_rate = self.config.prior_learning_rate
+        return AuxiliaryModel(model=self.prior, learning_rate=learning_rate, betas=PRIOR_BETAS, follows_schedule=True)
 
     def losses(
         self, vectors: Tensor, keep: Tensor, class_labels: Tensor, part: Part
@@ -121,16 +120,15 @@ class RateTerm:
 
         Args:
             vectors: (b c n) on the unit sphere, before quantization.
-            keep: (b c) bool; channels that were dropped cost nothing, but the prior learns from them too.
-            class_labels: (b,), some of which the prior is not given.
+            keep: (b c) bool; dropped channels are excluded from the rate. The prior is trained on all channels.
+            class_labels: (b,), subject to label dropout.
             part: place of the micro-batch in the step.
 
         Returns:
-            Terms: "rate", the weighted loss with gradients to `vectors` and none to the prior, and `rate_figures`.
-            And the prior's loss, to be called with the (perhaps wrapped) prior.
+            Terms: "rate", the weighted loss with gradients for `vectors` only, and `rate_figures`. And a function that
+            computes the prior's loss from the prior, wrapped for several processes or not.
         """
-        drawn = torch.rand(part.batch_size, generator=part.rng(Stream.PRIOR_LABELS))[list(part.rows)]
-        dropped = send(drawn < self.config.prior_label_dropout, class_labels.device)
+        dropped = send(part.drops(self.config.prior_label_dropout, Stream.PRIOR_LABELS), class_labels.device)
         labels = torch.where(dropped, self.prior.null_label, class_labels)
         bits = straight_through(vectors) * vectors.shape[-1] ** 0.5
         nats: Tensor = call_frozen(self.prior, bits, labels)
@@ -141,7 +139,7 @@ class RateTerm:
 
     @torch.no_grad()
     def nats(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
-        """Tokens (b c) and labels (b,) -> nats of each token (b c), float32, on the CPU."""
+        """Tokens (b c) and labels (b,), none of them dropped -> nats of each token (b c), float32, on the CPU."""
         device = self.prior.weight.device
         bits = unpack_bits(tokens.to(device), self.prior.num_bits).sign()
         nats: Tensor = self.prior(bits, class_labels.to(device))
@@ -151,9 +149,9 @@ class RateTerm:
         return {"loss": prior(bits, labels).mean() + self.config.prior_l2_weight * self.prior.penalty()}
 
 
-def bit_flips(shape: torch.Size, most: float, part: Part, device: torch.device) -> Tensor:
+def bit_flips(num_channels: int, num_bits: int, bit_noise: float, part: Part, device: torch.device) -> Tensor:
     """Signs (b c n), float32, -1 where a bit is flipped; see `RateConfig.bit_noise` for the probabilities."""
-    _, channels, bits = shape
-    uniform = torch.rand(part.batch_size, channels, bits, generator=part.rng(Stream.BIT_NOISE))[list(part.rows)]
-    odds = most * torch.linspace(0, 1, channels)[:, None]
-    return send(torch.where(uniform < odds, -1.0, 1.0), device)
+    shape = part.batch_size, num_channels, num_bits
+    uniform = torch.rand(shape, generator=part.rng(Stream.BIT_NOISE))[list(part.rows)]
+    probability = bit_noise * torch.linspace(0, 1, num_channels + 1)[1:, None]
+    return send(torch.where(uniform < probability, -1.0, 1.0), device)

@@ -319,3 +319,13 @@ def _labels(rows: Any, column: str, name: str) -> tuple[NDArray[np.int64], list[
             f"0..{(len(names) or MAX_CLASSES) - 1}; choose another split, or another --label-column"
         )
     return numbers, names
+
+
+def check_same_classes(train: ImageSource, val: ImageSource) -> None:
+    """Refuse two splits whose labels mean different classes.
+
+    Raises:
+        InputError: the lists of class names differ.
+    """
+    if train.classes != val.classes:
+        raise InputError(f"{train.name} and {val.name} have different classes; they must be the same")

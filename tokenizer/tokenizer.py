@@ -87,7 +87,7 @@ class ChannelTokenizer(PreTrainedModel):
         Args:
             images: (b 3 H W) in [-1, 1].
             keep: (b c) bool, from `tail_drop.prefix_mask`.
-            flips: (b c n), -1 where the decoder receives a bit with the other sign and 1 elsewhere; None flips none.
+            flips: (b c n), multiplied with the codes before decoding, so -1 flips a bit; None for no flips.
         """
         vectors = self.quantizer.to_sphere(self.encode(images))
         codes = straight_through(vectors)

@@ -25,7 +25,7 @@ from tokenizer.losses import TokenizerLossConfig
 from tokenizer.metrics import evaluation_lengths, psnr_by_length
 from tokenizer.objective import TokenizerObjective
 from tokenizer.rate import RateConfig, RateTerm, rate_figures
-from tokenizer.sources import DataConfig, open_source
+from tokenizer.sources import DataConfig, check_same_classes, open_source
 from tokenizer.tail_drop import TailDropConfig
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -136,6 +136,8 @@ def train_tokenizer(
         model_config = cast("TokenizerConfig", model.config)
     if training.frozen_encoder:
         check_tokens_stay(model, training)
+        if rate.has_rate:
+            raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; leave rate_weight out")
     identity = {
         "model": model_config.architecture(),
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
@@ -151,6 +153,7 @@ def train_tokenizer(
     model.reader.requires_grad_(not training.frozen_encoder)
     rate_term = None
     if rate.has_rate:
+        check_same_classes(train_source, val_source)
         rate_term = RateTerm(rate, model_config.num_channels, model_config.num_bits, len(train_source.classes))
     objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, rate_term, accelerator.device)
     if training.compile:
@@ -217,7 +220,8 @@ def train_tokenizer(
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
         if nats:
             rates = {name: round(value.item(), 3) for name, value in rate_figures(torch.cat(nats)).items()}
-            logger.info("step %d: %.3f nats per token, %.0f bits per image", step, *list(rates.values())[:2])
+            totals = rates["nats_per_token"], rates["bits_per_image"]
+            logger.info("step %d: %.3f nats per token, %.0f bits per image", step, *totals)
             figures |= rates
         return {**figures, "unreadable": damaged}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
-from common.steps import generator_for
+from common.randomness import generator_for
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.samples import Eyes
 

@@ -132,7 +132,7 @@ class Collector:
     """Statistics of all features, and an even spread of them."""
 
     def __init__(self, dimensions: int, total: int, device: torch.device):
-        self.statistics = RunningStatistics(dimensions, torch.device("cpu") if device.type == "mps" else device)
+        self.statistics = RunningStatistics(dimensions, device)
         kept = min(total, KEPT)
         self._wanted = {i * total // kept for i in range(kept)}
         self._kept: list[Tensor] = []

@@ -17,8 +17,8 @@ from common.fid import FeatureExtractor
 from common.images import save_png, to_pil
 from common.measuring import synchronize
 from common.processes import Team
+from common.randomness import generator_for
 from common.runtime import is_out_of_memory
-from common.steps import generator_for
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.config import QualityConfig
 from generator.quality.parts import Part, Parts

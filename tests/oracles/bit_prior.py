@@ -22,6 +22,6 @@ def nats(prior: BitPrior, bits: Sequence[float], class_label: int) -> list[float
 
 
 def probabilities(prior: BitPrior, class_label: int) -> dict[tuple[float, ...], float]:
-    """Of all images that the prior can draw; for a handful of bits."""
+    """Probabilities of all images; for few bits only."""
     images = product((-1.0, 1.0), repeat=len(prior.bias))
     return {image: math.exp(-math.fsum(nats(prior, image, class_label))) for image in images}

@@ -2,6 +2,6 @@
 
 from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.reconstruction.measure import measure_reconstruction
-from tokenizer.reconstruction.report import rate_distortion_points, write_report
+from tokenizer.reconstruction.report import read_curve, write_report
 
-__all__ = ["ReconstructionConfig", "measure_reconstruction", "rate_distortion_points", "write_report"]
+__all__ = ["ReconstructionConfig", "measure_reconstruction", "read_curve", "write_report"]

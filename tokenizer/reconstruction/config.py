@@ -46,15 +46,15 @@ class ReconstructionConfig:
     sheet_images: int = field(default=8, metadata={"help": "rows of reconstructions.png; 0: no such picture"})
     prior_images: int = field(
         default=0,
-        metadata={"help": "training images, beside their mirror images, that a linear prior is fitted to; the rate of "
-                  "the held-out tokens is measured under it; 0: no rate"},
+        metadata={"help": "training images, and their mirror images, to fit a linear prior to; measures the rate of "
+                  "held-out tokens under it; 0: no rate"},
     )  # fmt: skip
     prior_steps: int = field(default=1200, metadata={"help": "steps of that fit, of 512 images each"})
     prior_samples: int = field(default=2000, metadata={"help": "samples of that prior for --features"})
     features: str | None = field(
         default=None,
-        metadata={"help": "classifier of `benchmark.py features`: measure the distance of the prior's samples as it "
-                  "sees them"},
+        metadata={"help": "classifier of `benchmark.py features`: measure the Fréchet distance of the prior's samples "
+                  "in its feature space"},
     )  # fmt: skip
     compare: list[str] = field(
         default_factory=list, metadata={"help": "results.json of other tokenizers, for rate_distortion.png"}
@@ -82,9 +82,11 @@ class ReconstructionConfig:
                 raise InputError(f"{name} is none, but {name}_weights is given; leave one of them out")
         for name in ("features", "compare"):
             if getattr(self, name) and not self.prior_images:
-                raise InputError(f"{name} is given, but the rate is not measured; give --prior-images, or leave it out")
+                raise InputError(f"{name} needs a rate; give --prior-images too, or leave it out")
         if self.inception != "none" and self.max_images == 1:
             raise InputError("max_images is 1; rFID needs at least 2 images, or --inception none")
+        if self.features is not None and self.max_images == 1:
+            raise InputError("max_images is 1; a distance needs at least 2 images; leave features out")
 
     def budgets(self, image_size: int, num_channels: int) -> list[int]:
         """Each k to report, rising, for a model of this size.

@@ -39,7 +39,7 @@ class ReconstructionResults:
     reference: which images, out of how many, and how they were prepared.
     curve: mean PSNR in dB at k = 1..C over the first `curve_images` images of the curve; empty without one.
     sheet: for each shown image its pictures (3 H W) uint8 at every k, then the original.
-    rate: of the tokens, under a linear prior; None where it was not measured.
+    rate: rate under a linear prior; None if not measured.
     """
 
     rows: list[Row]
@@ -75,8 +75,8 @@ def measure_reconstruction(
     tokenizer = move(tokenizer, device)
     pictures = PictureDecoder(tokenizer, dtype=pick_dtype(config.dtype))
     codebook = CodebookCounts(channels, tokenizer.config.codebook_size, device)
-    rating = RateMeasurement(tokenizer, data, config, device) if config.prior_images else None
     unreadable = UnreadableFiles(config.strict)
+    rate_measurement = RateMeasurement(tokenizer, data, config, device, unreadable) if config.prior_images else None
     in_curve = set(spread(images.count, config.curve_images)) if config.curve_images else set()
     in_sheet = set(spread(images.count, config.sheet_images)) if config.sheet_images else set()
     curves: list[Tensor] = []
@@ -98,8 +98,8 @@ def measure_reconstruction(
             tokens = tokenizer.tokenize(to_float(originals))
             codebook.add(tokens)
             comparison.add_originals(originals)
-            if rating is not None:
-                rating.add(tokens, batch.labels, originals)
+            if rate_measurement is not None:
+                rate_measurement.add(tokens, batch.labels, originals)
             columns = []
             for k in budgets:
                 decoded = pictures(tokens[:, :k])
@@ -109,9 +109,9 @@ def measure_reconstruction(
             sheet += [list(row) for row in zip(*columns, originals[shown].cpu(), strict=True)]
             if curved:
                 curves.append(psnr_curve(pictures, tokens[curved], originals[curved], config.batch_size, bar.update))
+        rate = rate_measurement.finish(pictures, budgets) if rate_measurement is not None and seen else None
     if not seen:
         raise InputError(f"none of the {images.count} images of {images.name} can be read; see the lines above")
-    rate = rating.finish(pictures, budgets) if rating is not None else None
     curve = torch.cat(curves).double() if curves else torch.empty(0, 0)
     last = tqdm(budgets, desc="distances", leave=False, disable=config.inception == "none")  # seconds for each k
     return ReconstructionResults(
@@ -150,10 +150,8 @@ class Comparison:
     def __init__(self, config: ReconstructionConfig, budgets: list[int], device: torch.device):
         self._lpips = PerceptualDistance(config.perceptual_weights).to(device) if config.perceptual != "none" else None
         self._features = FeatureExtractor(config.inception_weights, device) if config.inception != "none" else None
-        # float64, which MPS does not know
-        keeper = torch.device("cpu") if device.type == "mps" else device
-        self._original_statistics = RunningStatistics(FEATURES, keeper) if self._features else None
-        self._statistics = {k: RunningStatistics(FEATURES, keeper) for k in budgets} if self._features else {}
+        self._original_statistics = RunningStatistics(FEATURES, device) if self._features else None
+        self._statistics = {k: RunningStatistics(FEATURES, device) for k in budgets} if self._features else {}
         self._scores: dict[int, dict[str, list[float]]] = {k: {} for k in budgets}
 
     def add_originals(self, originals: Tensor) -> None:

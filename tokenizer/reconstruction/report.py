@@ -3,9 +3,10 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common.checkpoint import read_json, write_text
 from common.errors import InputError
@@ -24,7 +25,7 @@ METHODS = {
     "lpips": "torchmetrics: VGG-16, on 8-bit pictures; mean over images",
     "rfid": "InceptionV3 of torch-fidelity, layer 2048; Fréchet distance in float64, by singular values",
     "bits": "negative log-likelihood under a linear prior fitted to the tokens of training images, sum over k tokens",
-    "prior_distance": "samples of that prior against the images; Fréchet distance of the classifier's features",
+    "prior_distance": "Fréchet distance between samples of that prior and the images, in the classifier's features",
 }
 COLUMNS = {
     "psnr": ("PSNR, dB", "{:.2f}"),
@@ -45,6 +46,30 @@ PANELS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Rate-distortion curve of a tokenizer.
+
+    points: (bits, PSNR in dB) for each k. images: fingerprint and number of the images, and how many the prior was
+    fitted to; curves are comparable where these are equal.
+    """
+
+    name: str
+    path: str
+    points: list[tuple[float, float]]
+    images: tuple[str, int, int]
+
+    @classmethod
+    def of(cls, found: dict[str, Any], path: str) -> Self:
+        """From what a results.json holds; KeyError, TypeError or ValueError if it has no rates."""
+        return cls(
+            name=str(found["tokenizer"]["name"]),
+            path=path,
+            points=[(float(row["bits"]), float(row["psnr"])) for row in found["rows"]],
+            images=(found["reference"]["fingerprint"], found["images"], found["prior"]["train_images"]),
+        )
+
+
 def channel_gain(curve: Sequence[float]) -> list[float | None] | None:
     """Mean PSNR at k = 1..C -> what each channel adds to those before it, in dB; nothing is before the first one.
 
@@ -60,7 +85,7 @@ def content(results: ReconstructionResults, command: str) -> dict[str, Any]:
 
     rows: one for each k, see `measure._row`; null is "not measured". images: N, of all rows. codebook: see
     `CodebookCounts.summary`. prior: nats of each token under a prior fitted to train_images images and their mirror
-    images; null without one. channel_gain: dB by channel, the first null, over `curve.images` images.
+    images; null if not measured. channel_gain: dB by channel, the first null, over `curve.images` images.
     """
     measured = [name for name in METHODS if results.rows[0][name] is not None]
     return {
@@ -140,7 +165,7 @@ def _few_images(count: int) -> str:
     )
 
 
-def _plots(found: dict[str, Any], folder: Path) -> None:
+def _plots(found: dict[str, Any], compared: Sequence[Curve], folder: Path) -> None:
     """plots.png, codebook.png and, where a curve was measured, channel_gain.png."""
     model, book, curve = found["tokenizer"], found["codebook"], found["curve"]
     name, about = model["name"], f"{model['name']}: {_where(found)}"
@@ -164,7 +189,7 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
     _save_plot(panels, folder / "codebook.png", f"Codes by channel\n{about}", "channel", limit_label=limit_label)
 
     if found["prior"]:
-        _plot_rate_distortion(found, folder)
+        _plot_rate_distortion(found, compared, folder)
     if found["channel_gain"]:
         points = list(zip(channels, curve["psnr"], strict=True))
         gains = list(zip(channels, found["channel_gain"], strict=True))[1:]
@@ -176,39 +201,57 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
         _save_plot(panels, folder / "channel_gain.png", title, "k, tokens kept")
 
 
-def rate_distortion_points(found: dict[str, Any], path: str | Path) -> list[tuple[float, float]]:
-    """(bits, PSNR in dB) for each k of what a results.json holds.
+def read_curve(path: str | Path) -> Curve:
+    """Rate-distortion curve of an earlier results.json.
 
     Raises:
-        InputError: it has no rate; `path` names it in the message.
+        InputError: a file that cannot be read or has no rate.
     """
+    found = read_json(path)
     try:
-        return [(float(row["bits"]), float(row["psnr"])) for row in found["rows"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} has no rate; make it with benchmark.py reconstruction --prior-images N") from error
+        return Curve.of(found, str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has no rates; make it with benchmark.py reconstruction --prior-images N") from error
 
 
-def _plot_rate_distortion(found: dict[str, Any], folder: Path) -> None:
-    lines = {found["tokenizer"]["name"]: rate_distortion_points(found, folder / "results.json")}
-    for path in found["settings"]["compare"]:
-        other = read_json(path)
-        points = rate_distortion_points(other, path)
-        lines[other["tokenizer"]["name"]] = points
-    panels = [Panel(title="PSNR, dB, against bits under a linear prior", lines=lines, y_scale="linear")]
-    title = f"Rate and distortion\n{_where(found)}"
-    _save_plot(panels, folder / "rate_distortion.png", title, "bits of an image's first k tokens", log2_x=True)
+def _plot_rate_distortion(found: dict[str, Any], compared: Sequence[Curve], folder: Path) -> None:
+    own = Curve.of(found, str(folder))
+    lines = {own.name: own.points}
+    for curve in compared:
+        lines[curve.name if curve.name not in lines else f"{curve.name} ({curve.path})"] = curve.points
+        if curve.images != own.images:
+            logger.warning("%s was measured on other images or with a prior fitted to others", curve.path)
+    save_line_plot(
+        [Panel(title="", lines=lines, y_scale="linear")],
+        folder / "rate_distortion.png",
+        title=f"Rate and distortion by k\n{_where(found)}",
+        x_label="bits of the first k tokens under a linear prior",
+        y_label="PSNR, dB",
+        columns=1,
+        log2_x=True,
+        tick_each=False,
+    )
 
 
 def _save_plot(panels: list[Panel], path: Path, title: str, x_label: str, **options: Any) -> None:
     save_line_plot(panels, path, title=title, x_label=x_label, columns=2, share_y=False, **options)
 
 
-def write_report(results: ReconstructionResults, output_dir: str | Path, command: str) -> None:
-    """Write everything into a folder, each file whole; `command` is what the reader can repeat."""
+def write_report(
+    results: ReconstructionResults, output_dir: str | Path, command: str, compared: Sequence[Curve] = ()
+) -> None:
+    """Write everything into a folder, each file whole.
+
+    Args:
+        results: of the measurement.
+        output_dir: the folder.
+        command: what the reader can repeat.
+        compared: curves of other tokenizers, for rate_distortion.png.
+    """
     folder, found = Path(output_dir), content(results, command)
     write_text(folder / "results.json", json.dumps(found, indent=1))
     write_text(folder / "results.md", table(found))
-    _plots(found, folder)
+    _plots(found, compared, folder)
     labels = [*(f"k={row['num_tokens']}" for row in results.rows), "original"]
     if results.sheet:
         rows = [[to_pil(image) for image in row] for row in results.sheet]
