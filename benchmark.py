@@ -1,8 +1,7 @@
 """Measure samples (fid), reconstructions (reconstruction) or speed, or train the network that looks (features).
 
-`speed` is that of drawing; with `--tokenizer` alone that of a tokenizer, with `--train` that of training. `features`
-trains the small classifier that stands in for Inception where its weights cannot be had. `benchmark.py fid --help`,
-`speed --train --help` and so on tell the flags of each.
+`speed` measures drawing, or with `--tokenizer` alone a tokenizer. `features` trains the small classifier that is used
+where Inception's weights are not available. `benchmark.py fid --help` and so on list the flags of each.
 """
 
 from collections.abc import Callable
@@ -19,15 +18,11 @@ from common.classifier import ClassifierConfig
 from common.errors import InputError
 from common.processes import team
 from generator.config import GENERATOR_SIZES, TokenLayout
-from generator.model import build_generator, load_generator, load_layout
+from generator.model import build_generator, load_generator
 from generator.quality import QualityConfig, measure_quality, open_subject, sweep_quality
 from generator.quality import write_report as write_quality
 from generator.sampling import SamplingConfig
 from generator.speed import SpeedConfig, Subject, measure_speed, write_report
-from generator.trainspeed import Subject as TrainSubject
-from generator.trainspeed import TrainSpeedConfig, measure_training
-from generator.trainspeed import write_report as write_train_speed
-from generator.trainspeed.config import SIZES
 from tokenizer import ChannelTokenizer
 from tokenizer.classifier import ClassifierTrainingConfig, train_classifier
 from tokenizer.data import AugmentationConfig
@@ -187,21 +182,6 @@ def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     write_report(measure_speed(subject, config), what.output_dir, cli.command_line())
 
 
-def train_speed(config: TrainSpeedConfig) -> None:
-    """Measure sizes, or one that is there, and write."""
-    if config.model is not None:
-        folder = resolve_folder(config.model) / "generator"
-        layout, name = load_layout(folder), Path(config.model).name
-        subjects = [TrainSubject(name=name, layout=layout, build=lambda: load_generator(folder)[0])]
-    else:
-        layout = random_layout()
-        subjects = [
-            TrainSubject(name=size, layout=layout, build=partial(build_generator, GENERATOR_SIZES[size], layout))
-            for size in config.generator or SIZES
-        ]
-    write_train_speed(measure_training(subjects, config), config.output_dir, cli.command_line())
-
-
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     """Load, measure, write."""
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
@@ -225,7 +205,6 @@ def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
-    "speed --train": (train_speed, (TrainSpeedConfig,)),
     "fid": (fid, (QualityConfig, SamplingConfig)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
     "features": (train_classifier, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),

@@ -135,8 +135,6 @@ def parse_command(
 ) -> tuple[str, tuple[Any, ...]]:
     """Parse a command line whose first word says what to do and decides which flags follow.
 
-    A command of two words, "speed --train", is another way of its first word: chosen by the switch, wherever it stands.
-
     Args:
         commands: for each command, the classes whose fields are its flags, as `parse` takes them.
         argv: the words after the program's name; None reads the process's own.
@@ -153,15 +151,11 @@ def parse_command(
         chooser = argparse.ArgumentParser(prog=_program(), description=description, usage="%(prog)s COMMAND [FLAGS]")
         chooser.add_argument("command", choices=list(commands), help="COMMAND --help tells its flags")
         chooser.parse_args(words[:1])
-    firsts = [command for command in commands if " " not in command]
     if not words or words[0].startswith("-"):
-        raise InputError(f"the first word must be a command: {' or '.join(firsts)}")
-    if words[0] not in firsts:
-        raise InputError(f"unknown command {words[0]!r}; {nearest(words[0], firsts)}")
-    command, rest = words[0], words[1:]
-    for word in words[1:]:
-        if f"{words[0]} {word}" in commands:
-            command, rest = f"{words[0]} {word}", [other for other in rest if other != word]
+        raise InputError(f"the first word must be a command: {' or '.join(commands)}")
+    command, *rest = words
+    if command not in commands:
+        raise InputError(f"unknown command {command!r}; {nearest(command, commands)}")
     return command, parse(*commands[command], argv=rest, description=description, command=command)
 
 

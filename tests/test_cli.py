@@ -354,35 +354,3 @@ def test_a_flag_that_stands_alone_bears_no_company(argv, match):
     with pytest.raises(InputError, match=match) as caught:
         cli.parse_alone("check", argv)
     assert "\n" not in str(caught.value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Walk:
-    """A command, and the same with a switch."""
-
-    far: bool = False
-
-
-WAYS = {"walk": (Walk,), "walk --home": (Needed,), "stay": ()}
-
-
-def test_a_switch_chooses_other_flags_wherever_it_stands():
-    assert cli.parse_command(WAYS, argv=["walk", "--far"]) == ("walk", (Walk(far=True),))
-    for argv in (["walk", "--home", "--data-dir", "d"], ["walk", "--data-dir", "d", "--home"]):
-        assert cli.parse_command(WAYS, argv=argv) == ("walk --home", (Needed(data_dir="d"),))
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["walk", "--home", "--far", "--data-dir", "d"], "unknown argument '--far'"),
-        (["walk", "--data-dir", "d"], "unknown argument '--data-dir'"),
-        (["stay", "--home"], "unknown argument '--home'"),
-        (["walk --home"], "unknown command 'walk --home'"),
-        (["--home"], "the first word must be a command: walk or stay"),
-    ],
-)
-def test_flags_of_another_command_are_refused(argv, message):
-    with pytest.raises(InputError) as caught:
-        cli.parse_command(WAYS, argv=argv)
-    assert message in str(caught.value)
