@@ -130,18 +130,23 @@ def measure_reconstruction(
         curve_images=len(curve),
         sheet=sheet,
         rate=rate,
-        tokenizer={
-            "name": config.tokenizer,
-            "fingerprint": fingerprint(tokenizer),
-            "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
-            "image_size": image_size,
-            "num_channels": channels,
-            "num_bits": tokenizer.config.num_bits,
-        },
+        tokenizer=_description(tokenizer, config.tokenizer),
         config=asdict(data) | asdict(config),
         device=device,
         seconds=time.perf_counter() - start,
     )
+
+
+def _description(tokenizer: ChannelTokenizer, name: str) -> dict[str, Any]:
+    """The tokenizer, as results.json names it."""
+    return {
+        "name": name,
+        "fingerprint": fingerprint(tokenizer),
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "image_size": tokenizer.config.image_size,
+        "num_channels": tokenizer.config.num_channels,
+        "num_bits": tokenizer.config.num_bits,
+    }
 
 
 class Comparison:
