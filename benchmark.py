@@ -1,7 +1,7 @@
 """Measure samples (fid), reconstructions (reconstruction) or speed, or train the network that looks (features).
 
-`speed` measures drawing, or with `--tokenizer` alone a tokenizer. `features` trains the small classifier that is used
-where Inception's weights are not available. `benchmark.py fid --help` and so on list the flags of each.
+`features` trains the small classifier that is used where Inception's weights are not available.
+`benchmark.py fid --help` and so on list the flags of each.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common import cli, runtime
-from common.checkpoint import fingerprint, resolve_folder
+from common.checkpoint import resolve_folder
 from common.classifier import ClassifierConfig
 from common.errors import InputError
 from common.processes import team
@@ -31,14 +31,10 @@ from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
 from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, read_curve
 from tokenizer.reconstruction import write_report as write_reconstruction_report
 from tokenizer.sources import DataConfig
-from tokenizer.throughput import VARIANTS, ThroughputConfig, measure_throughput
-from tokenizer.throughput import write_report as write_throughput
-from tokenizer.throughput.config import MAX_SECONDS
 
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
 RANDOM_WEIGHTS = "random weights"
-SAMPLERS_ONLY = ("num_tokens", "cfg_scale", "samplers", "full_uncached")  # fields of SpeedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,47 +47,20 @@ class SubjectConfig:
     tokenizer: str | None = field(
         default=None,
         metadata={"help": f"architecture, with random weights: {', '.join(PUBLISHED_TOKENIZERS)} (default: paper-256), "
-                  f"or {NO_TOKENIZER}: 256 tokens of 14 bits, no pictures. Given alone: the tokenizer itself is "
-                  "measured, and it may be a folder or a hub name, too"},
+                  f"or {NO_TOKENIZER}: 256 tokens of 14 bits, no pictures"},
     )  # fmt: skip
     model: str | None = field(default=None, metadata={"help": "instead: a folder with tokenizer/ and generator/"})
     compile_pictures: bool = field(default=False, metadata={"help": "compile the decoding of pictures, too"})
-    variants: list[str] | None = field(
-        default=None, metadata={"help": f"of a tokenizer alone, what is compared; default: {' '.join(VARIANTS)}"}
-    )
-    max_seconds: float | None = field(
-        default=None,
-        metadata={"help": "of a tokenizer alone: a variant is not repeated once its runs took this long together; "
-                  f"default: {MAX_SECONDS:g}"},
-    )  # fmt: skip
-    output_dir: str = field(
-        default="runs/speed", metadata={"help": "folder for speed.json, .md and .png, or tokenizer.json, .md and .png"}
-    )
+    output_dir: str = field(default="runs/speed", metadata={"help": "folder for speed.json, .md and .png"})
 
     def __post_init__(self) -> None:
         if self.model is not None and (self.generator is not None or self.tokenizer is not None):
             raise InputError("model is given, and so is generator or tokenizer; give either the one or the others")
         if self.generator is not None and self.generator not in GENERATOR_SIZES:
             raise InputError(f"generator {self.generator!r} is unknown; allowed: {', '.join(GENERATOR_SIZES)}")
-        if self.tokenizer_alone:
-            if self.tokenizer == NO_TOKENIZER:
-                raise InputError(
-                    f"tokenizer is {NO_TOKENIZER}, and no generator is given: nothing to measure; give one"
-                )
-            if self.compile_pictures:
-                raise InputError("compile_pictures is given, but a tokenizer alone is measured; use --variants instead")
-            return
         if self.tokenizer not in (None, NO_TOKENIZER, *PUBLISHED_TOKENIZERS):
             allowed = [*PUBLISHED_TOKENIZERS, NO_TOKENIZER]
             raise InputError(f"tokenizer {self.tokenizer!r} is unknown; allowed: {', '.join(allowed)}")
-        for name, value in (("variants", self.variants), ("max_seconds", self.max_seconds)):
-            if value is not None:
-                raise InputError(f"{name} is given, but samplers are measured; give --tokenizer alone, or leave it out")
-
-    @property
-    def tokenizer_alone(self) -> bool:
-        """Whether a tokenizer is measured, and no sampler."""
-        return self.tokenizer is not None and self.generator is None and self.model is None
 
     @property
     def generator_name(self) -> str:
@@ -131,41 +100,8 @@ def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, Token
         return build_generator(GENERATOR_SIZES[config.generator_name], layout), layout, tokenizer
 
 
-def throughput_config(what: SubjectConfig, config: SpeedConfig) -> ThroughputConfig:
-    """The settings that a tokenizer alone has; refuses those of samplers."""
-    defaults = vars(SpeedConfig())
-    for name in SAMPLERS_ONLY:
-        if vars(config)[name] != defaults[name]:
-            raise InputError(f"{name} is given, but a tokenizer alone is measured; leave it out, or give --generator")
-    return ThroughputConfig(
-        variants=list(VARIANTS) if what.variants is None else what.variants,
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        repeats=config.repeats,
-        max_seconds=MAX_SECONDS if what.max_seconds is None else what.max_seconds,
-        seed=config.seed,
-        device=config.device,
-    )
-
-
-def throughput(name: str, config: ThroughputConfig, output_dir: str) -> None:
-    """Measure a tokenizer alone, and write."""
-    if name in PUBLISHED_TOKENIZERS:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            tokenizer, weights = ChannelTokenizer(published_config(name)).eval(), RANDOM_WEIGHTS
-    else:
-        tokenizer = ChannelTokenizer.from_pretrained(name)
-        weights = fingerprint(tokenizer)
-    results = measure_throughput(tokenizer, config)
-    write_throughput(results, output_dir, cli.command_line(), name=name, fingerprint=weights)
-
-
 def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     """Build, measure, write."""
-    if what.tokenizer is not None and what.tokenizer_alone:
-        throughput(what.tokenizer, throughput_config(what, config), what.output_dir)
-        return
     device = runtime.pick_device(config.device)
     model, layout, tokenizer = models_of(what, config.seed)
     pictures = None

@@ -164,7 +164,7 @@ def test_speed_refuses_in_one_line_and_writes_nothing(
     ("words", "named"),
     [
         (["speed", "--generator", "M"], "'M' is unknown; allowed: S, B, L, XL, XXL"),
-        (["speed", "--tokenizer", "paper"], "paper is no folder"),
+        (["speed", "--tokenizer", "paper"], "tokenizer 'paper' is unknown"),
         (["speed", "--model", "nowhere"], "nowhere"),
         (["sped"], "did you mean speed?"),
         ([], "the first word must be a command: speed"),
