@@ -8,30 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import LlamaForCausalLM
-
-from common import cli, runtime
-from common.checkpoint import resolve_folder
-from common.classifier import ClassifierConfig
+from common import cli
+from common.config import ClassifierConfig
 from common.errors import InputError
-from common.processes import team
-from generator.config import GENERATOR_SIZES, TokenLayout
-from generator.model import build_generator, load_generator
-from generator.quality import QualityConfig, measure_quality, open_subject, sweep_quality
-from generator.quality import write_report as write_quality
-from generator.sampling import SamplingConfig
-from generator.speed import SpeedConfig, Subject, measure_speed, write_report
-from tokenizer import ChannelTokenizer
-from tokenizer.classifier import ClassifierTrainingConfig, train_classifier
-from tokenizer.data import AugmentationConfig
-from tokenizer.decoding import PictureDecoder
+from generator.config import GENERATOR_SIZES, ChannelGPTConfig, SamplingConfig
+from generator.quality.config import QualityConfig
+from generator.speed.config import SpeedConfig
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
-from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, read_curve
-from tokenizer.reconstruction import write_report as write_reconstruction_report
-from tokenizer.sources import DataConfig
+from tokenizer.reconstruction.config import ReconstructionConfig
+from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
 
+if TYPE_CHECKING:
+    from generator.model import ChannelGPT
+    from tokenizer.tokenizer import ChannelTokenizer
+
+# modules that load torch are imported in functions, so that --help and mistakes are answered at once
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
 RANDOM_WEIGHTS = "random weights"
@@ -73,9 +66,10 @@ class SubjectConfig:
         return self.tokenizer or ("paper-256" if self.model is None else Path(self.model).name)
 
 
-def random_layout(num_channels: int = 256, num_bits: int = 14) -> TokenLayout:
-    """Of a generator that is made up: that of the paper's 256x256 models, unless told otherwise."""
-    return TokenLayout(
+def random_config(size: str, num_channels: int = 256, num_bits: int = 14) -> ChannelGPTConfig:
+    """Configuration of a generator with random weights, by default with the tokens of the paper's 256x256 models."""
+    return ChannelGPTConfig(
+        **vars(GENERATOR_SIZES[size]),
         num_channels=num_channels,
         num_bits=num_bits,
         class_names=[str(label) for label in range(NUM_CLASSES)],
@@ -84,32 +78,43 @@ def random_layout(num_channels: int = 256, num_bits: int = 14) -> TokenLayout:
     )
 
 
-def models_of(config: SubjectConfig, seed: int) -> tuple[LlamaForCausalLM, TokenLayout, ChannelTokenizer | None]:
-    """Those of a folder, or of a published size with random weights."""
+def models_of(config: SubjectConfig, seed: int) -> tuple["ChannelGPT", "ChannelTokenizer | None"]:
+    """Models of a folder, or of a published size with random weights."""
+    import torch
+
+    from common.checkpoint import resolve_folder
+    from generator.model import ChannelGPT
+    from tokenizer.tokenizer import ChannelTokenizer
+
     if config.model is not None:
         folder = resolve_folder(config.model)
-        return *load_generator(folder / "generator"), ChannelTokenizer.from_pretrained(folder / "tokenizer")
+        return (
+            ChannelGPT.from_pretrained(folder / "generator"),
+            ChannelTokenizer.from_pretrained(folder / "tokenizer"),
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = None
-        if config.tokenizer_name != NO_TOKENIZER:
-            tokenizer = ChannelTokenizer(published_config(config.tokenizer_name)).eval()
-        layout = (
-            random_layout(tokenizer.config.num_channels, tokenizer.config.num_bits) if tokenizer else random_layout()
-        )
-        return build_generator(GENERATOR_SIZES[config.generator_name], layout), layout, tokenizer
+        if config.tokenizer_name == NO_TOKENIZER:
+            return ChannelGPT(random_config(config.generator_name)), None
+        tokenizer = ChannelTokenizer(published_config(config.tokenizer_name)).eval()
+        sizes = tokenizer.config.num_channels, tokenizer.config.num_bits
+        return ChannelGPT(random_config(config.generator_name, *sizes)), tokenizer
 
 
 def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     """Build, measure, write."""
-    device = runtime.pick_device(config.device)
-    model, layout, tokenizer = models_of(what, config.seed)
+    from common.runtime import move, pick_device
+    from generator.speed.measure import Subject, measure_speed
+    from generator.speed.report import write_report
+    from tokenizer.decoding import PictureDecoder
+
+    device = pick_device(config.device)
+    model, tokenizer = models_of(what, config.seed)
     pictures = None
     if tokenizer is not None:
-        pictures = partial(PictureDecoder, runtime.move(tokenizer, device), compile=what.compile_pictures)
+        pictures = partial(PictureDecoder, move(tokenizer, device), compile=what.compile_pictures)
     subject = Subject(
         model=model,
-        layout=layout,
         name=what.generator_name,
         pictures=pictures,
         tokenizer=tokenizer,
@@ -120,14 +125,23 @@ def speed(what: SubjectConfig, config: SpeedConfig) -> None:
 
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     """Load, measure, write."""
+    from tokenizer.reconstruction.measure import measure_reconstruction
+    from tokenizer.reconstruction.report import read_curve, write_report
+    from tokenizer.tokenizer import ChannelTokenizer
+
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
     compared = [read_curve(path) for path in config.compare]
     results = measure_reconstruction(tokenizer, data, config)
-    write_reconstruction_report(results, config.output_dir, cli.command_line(), compared)
+    write_report(results, config.output_dir, cli.command_line(), compared)
 
 
 def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
     """Measure one setting or many, and write; in one process or those that `accelerate launch` started."""
+    from common.team import team
+    from generator.quality.measure import measure_quality, open_subject
+    from generator.quality.report import write_report
+    from generator.quality.sweep import sweep_quality
+
     with team(config.device) as workers:
         if config.sweep is not None:
             sweep_quality(partial(open_subject, config, workers), sampling, config, workers, cli.command_line())
@@ -135,21 +149,29 @@ def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
         subject = open_subject(config, workers)
         results = measure_quality(subject, sampling, config, workers)
         if results is not None:
-            write_quality(results, subject, config, cli.command_line(), workers.count)
+            write_report(results, subject, config, cli.command_line(), workers.count)
         workers.wait()
+
+
+def features(
+    training: ClassifierTrainingConfig, data: DataConfig, augmentation: AugmentationConfig, network: ClassifierConfig
+) -> None:
+    """Train the classifier."""
+    from tokenizer.classifier import train_classifier
+
+    train_classifier(training, data, augmentation, network)
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
     "fid": (fid, (QualityConfig, SamplingConfig)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
-    "features": (train_classifier, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),
+    "features": (features, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),
 }
 
 
 def main() -> None:
     """Parse, and do what the first word says."""
-    runtime.set_up_logging()
     kinds = {name: flags for name, (_, flags) in COMMANDS.items()}
     command, settings = cli.parse_command(kinds, description=__doc__)
     COMMANDS[command][0](*settings)

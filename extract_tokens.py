@@ -1,63 +1,37 @@
 """Turn images into a token store with a trained tokenizer, or check one with --verify alone: see docs/training.md."""
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from common import cli, runtime
-from common.checkpoint import folder_written_whole, read_json, save_pretrained_whole
+from common import cli
 from common.errors import InputError
-from common.processes import Team, team
-from generator.tokens import StoreHeader, TokenStore
-from generator.verification import describe, verify
-from tokenizer import ChannelTokenizer
-from tokenizer.data import UnreadableFiles
-from tokenizer.extraction import VIEWS, as_it_was_saved, tokenize_files
-from tokenizer.sources import SPLITS, DataConfig, open_source
+from tokenizer.settings import DataConfig, ExtractionConfig
 
+if TYPE_CHECKING:
+    from common.team import Team
+
+# modules that load torch are imported in functions, so that --help and mistakes are answered at once
 logger = logging.getLogger("tokenizer.extract_tokens")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractionConfig:
-    """Flags of extract_tokens.py."""
-
-    tokenizer: str = field(metadata={"help": "tokenizer folder, or its name on the Hugging Face hub"})
-    output_dir: str = field(metadata={"help": "folder of the token store; one that was begun is continued"})
-    class_names: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file that gives classes a readable name; default: names of the folders or of --dataset"
-        },
-    )
-    views: Literal["none", "flip", "ten-crop"] = field(
-        default="none",
-        metadata={"help": "of train; flip: the mirror image as well; ten-crop: corners and middle of a larger image, "
-                  "and their mirror images"},
-    )  # fmt: skip
-    shard_size: int = field(default=10_000, metadata={"help": "images a shard"})
-    batch_size: int = field(default=64, metadata={"help": "images a pass"})
-    num_workers: int = field(default=1, metadata={"help": "processes that read images"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
-    strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of leaving it out"})
-
-    verify: str | None = field(
-        default=None, metadata={"help": "alone on the command line: a token store to check, in place of making one"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.verify is not None:
-            raise InputError("verify stands alone on the command line: extract_tokens.py --verify STORE")
-        if self.batch_size < 1 or self.shard_size < 1 or self.num_workers < 0:
-            raise InputError("batch_size and shard_size must be at least 1, num_workers at least 0")
+def main() -> None:
+    """Parse, then check a store or write one."""
+    folder = cli.parse_alone("verify")
+    if folder is not None:
+        check(folder)
+    else:
+        extract(*cli.parse(ExtractionConfig, DataConfig, description=__doc__))
 
 
 def check(folder: str) -> None:
-    """Tell what a store holds and what is wrong with it."""
+    """Report the content of a store and its problems."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from generator.tokens import TokenStore
+    from generator.verification import describe, verify
+    from tokenizer.tokenizer import ChannelTokenizer
+
     store = TokenStore(folder, TokenStore.peek(folder))
     header = store.header
     with logging_redirect_tqdm():
@@ -80,24 +54,30 @@ def check(folder: str) -> None:
     for problem in problems:
         logger.warning("%s", problem)
     if problems:
-        raise InputError(f"{folder}: problems found: {len(problems)}, each told above; extract again what they name")
+        raise InputError(f"{folder}: problems found: {len(problems)}, reported above; extract again what they name")
     logger.info("%s: no problem found", folder)
 
 
-def main() -> None:
-    """Parse, then write each shard that is missing."""
-    runtime.set_up_logging()
-    folder = cli.parse_alone("verify")
-    if folder is not None:
-        check(folder)
-        return
-    config, data = cli.parse(ExtractionConfig, DataConfig, description=__doc__)
+def extract(config: ExtractionConfig, data: DataConfig) -> None:
+    """Write the shards that are missing, in one process or those that a launcher started."""
+    from common.team import team
+
     with team(config.device) as workers:
-        extract(config, data, workers)
+        write_shards(config, data, workers)
 
 
-def extract(config: ExtractionConfig, data: DataConfig, workers: Team) -> None:
-    """Write the shards that are missing, of those that fall to this process."""
+def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Team") -> None:
+    """Write the shards that are missing, of those assigned to this process."""
+    from tqdm import tqdm
+
+    from common.checkpoint import folder_written_whole, read_json
+    from common.runtime import move
+    from generator.tokens import StoreHeader, TokenStore
+    from tokenizer.data import UnreadableFiles
+    from tokenizer.extraction import VIEWS, exact_dtype, tokenize_files
+    from tokenizer.sources import SPLITS, open_source
+    from tokenizer.tokenizer import ChannelTokenizer
+
     sources = {split: open_source(data, split) for split in SPLITS}
     train, val = sources["train"], sources["val"]
     if train.classes != val.classes:
@@ -117,11 +97,11 @@ def extract(config: ExtractionConfig, data: DataConfig, workers: Team) -> None:
     store = TokenStore.create(config.output_dir, header, write=workers.is_main)
     if workers.is_main and not store.tokenizer_folder.exists():
         with folder_written_whole(store.tokenizer_folder) as temporary:
-            save_pretrained_whole(as_it_was_saved(tokenizer), temporary)
+            tokenizer.save_pretrained(temporary, exact_dtype(tokenizer))
     workers.wait()
-    runtime.move(tokenizer, workers.device)
+    move(tokenizer, workers.device)
     unreadable = UnreadableFiles(config.strict)
-    # dealt out before looking which are there: what one process has written in the meantime moves nothing to another
+    # assigned before looking which exist, so that the assignment does not depend on what others have written
     own = header.shards()[workers.index :: workers.count]
     for split, shard in tqdm(own, unit="shard", disable=not workers.is_main):
         if store.has_shard(split, shard):

@@ -1,14 +1,16 @@
 """Train a tokenizer on images: see `--help`, configs/ and docs/training.md."""
 
-from common import cli, runtime
+from common import cli
 from tokenizer.config import TokenizerConfig
-from tokenizer.data import AugmentationConfig
-from tokenizer.discriminator import GanConfig
-from tokenizer.losses import TokenizerLossConfig
-from tokenizer.rate import RateConfig
-from tokenizer.sources import DataConfig
-from tokenizer.tail_drop import TailDropConfig
-from tokenizer.training import TokenizerTrainingConfig, train_tokenizer
+from tokenizer.settings import (
+    AugmentationConfig,
+    DataConfig,
+    GanConfig,
+    RateConfig,
+    TailDropConfig,
+    TokenizerLossConfig,
+    TokenizerTrainingConfig,
+)
 
 CONFIGS = (
     TokenizerTrainingConfig,
@@ -24,8 +26,11 @@ CONFIGS = (
 
 def main() -> None:
     """Parse, then train."""
-    runtime.set_up_logging()
-    train_tokenizer(*cli.parse(*CONFIGS, description=__doc__))
+    configs = cli.parse(*CONFIGS, description=__doc__)
+    # here, so that --help and mistakes are answered without loading torch
+    from tokenizer.training import train_tokenizer
+
+    train_tokenizer(*configs)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,18 @@ from common.errors import InputError
 from common.randomness import uniforms
 
 
+def token_bits(tokens: Tensor, num_bits: int) -> Tensor:
+    """Tokens (...) in [0, 2**num_bits) -> bits (... num_bits), float32 entries +-1, the most significant bit first."""
+    shifts = torch.arange(num_bits - 1, -1, -1, device=tokens.device)
+    return ((tokens[..., None] >> shifts & 1) * 2 - 1).float()
+
+
 class BitPrior(nn.Module):
     """p(bits | class) as a product over bits in order; computes in float32, also under autocast.
 
-    log-odds of bit i = bias[i] + class_bias[class, i] + sum over j < i of weight[i, j] * bit[j], with bits +-1 in
+    log-odds of bit i = bias[i] + class_bias[class, i] + sum over j < i of matrix[i, j] * bit[j], with bits +-1 in
     the order of channels and, within a channel, of its code. At initialization every bit has probability 1/2. The
-    weights take 4 (C n)^2 bytes, 268 MB for 512 channels of 16 bits.
+    parameter `weight` has the entries of the matrix below the diagonal, row by row: 134 MB for 512 channels of 16 bits.
 
     Args:
         num_channels: C, tokens of an image.
@@ -33,7 +39,7 @@ class BitPrior(nn.Module):
         super().__init__()
         self.num_channels, self.num_bits, self.null_label = num_channels, num_bits, num_classes
         total = num_channels * num_bits
-        self.weight = nn.Parameter(torch.zeros(total, total))  # only the part below the diagonal is used
+        self.weight = nn.Parameter(torch.zeros(total * (total - 1) // 2))
         self.bias = nn.Parameter(torch.zeros(total))
         self.class_bias = nn.Parameter(torch.zeros(num_classes + 1, total))
 
@@ -45,15 +51,24 @@ class BitPrior(nn.Module):
         return F.softplus(-bits.float() * self.log_odds(bits, class_labels)).sum(-1)
 
     def log_odds(self, bits: Tensor, class_labels: Tensor) -> Tensor:
-        """Bits (b c n), entries +-1, and labels (b,) in [0, null_label] -> log-odds of +1 for each bit (b c n)."""
+        """Bits (b c n), entries +-1, c <= C, and labels (b,) in [0, null_label] -> log-odds of +1, (b c n)."""
         with torch.autocast(bits.device.type, enabled=False):
             flat = rearrange(bits.float(), "b c n -> b (c n)")
-            log_odds = F.linear(flat, self.weight.tril(-1), self.bias) + self.class_bias[class_labels]
+            total = flat.shape[1]
+            log_odds = F.linear(flat, self.matrix(total), self.bias[:total].float())
+            log_odds = log_odds + self.class_bias[class_labels, :total].float()
         return rearrange(log_odds, "b (c n) -> b c n", n=self.num_bits)
+
+    def matrix(self, size: int | None = None) -> Tensor:
+        """Strictly lower triangular weights between the first `size` bits, or all: (size size) float32."""
+        size = self.num_channels * self.num_bits if size is None else size
+        mask = torch.ones(size, size, dtype=torch.bool, device=self.weight.device).tril(-1)
+        entries = self.weight[: size * (size - 1) // 2].float()
+        return torch.zeros(size, size, device=entries.device).masked_scatter(mask, entries)
 
     def penalty(self) -> Tensor:
         """Sum of squares of all parameters except `bias`, for L2 regularization; a scalar."""
-        return self.weight.tril(-1).square().sum() + self.class_bias.square().sum()
+        return self.weight.square().sum() + self.class_bias.square().sum()
 
     @torch.no_grad()
     def sample(self, class_labels: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -72,13 +87,13 @@ class BitPrior(nn.Module):
         # a bit is +1 where sigmoid(log-odds) exceeds its uniform number
         thresholds = uniforms(seeds, total).logit().to(self.weight)
         log_odds = self.bias + self.class_bias[class_labels.to(self.weight.device)]
-        bits = torch.empty_like(log_odds)
+        bits, matrix = torch.empty_like(log_odds), self.matrix()
         for start in range(0, total, self.num_bits):
             end = start + self.num_bits
             for i in range(start, end):
-                logit = log_odds[:, i] + bits[:, start:i] @ self.weight[i, start:i]
+                logit = log_odds[:, i] + bits[:, start:i] @ matrix[i, start:i]
                 bits[:, i] = torch.where(logit > thresholds[:, i], 1.0, -1.0)
-            log_odds[:, end:] += bits[:, start:end] @ self.weight[end:, start:end].T
+            log_odds[:, end:] += bits[:, start:end] @ matrix[end:, start:end].T
         return rearrange(bits, "b (c n) -> b c n", n=self.num_bits)
 
 
@@ -116,3 +131,4 @@ def fit_bit_prior(
         loss.backward()
         optimizer.step()
         schedule.step()
+    optimizer.zero_grad()  # further training must not add to the last gradient

@@ -6,25 +6,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from common.errors import InputError
-
-WEIGHTS_FILE = "model.safetensors"
-M = TypeVar("M", bound=PreTrainedModel)
-
 
 READABLE = 0o644  # safetensors makes its files readable by their owner alone
 
@@ -194,9 +186,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
 def files_fingerprint(folder: str | Path) -> str:
     """16 hexadecimal digits that stand for the weight files of a folder, in whatever format they are loaded."""
     digest = hashlib.sha256()
@@ -211,7 +200,7 @@ def resolve_folder(name_or_path: str | Path, **hub_options: Any) -> Path:
 
     Args:
         name_or_path: the folder, or owner/model.
-        hub_options: any of `HUB_OPTIONS`, as `huggingface_hub.snapshot_download` takes them.
+        hub_options: of `huggingface_hub.snapshot_download`: revision, cache_dir, token, local_files_only, ...
 
     Raises:
         InputError: neither a folder, nor a model that the hub gives.
@@ -222,68 +211,12 @@ def resolve_folder(name_or_path: str | Path, **hub_options: Any) -> Path:
     name = str(name_or_path)
     if name.count("/") != 1 or name.startswith(("/", ".")):
         raise InputError(f"{name} is no folder; give a model folder, or a hub name like owner/model")
+    # here, because most commands do not need it and it takes a second to import
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{name} is no folder here and the hub did not give it ({reason})") from error
-
-
-def from_pretrained_strictly(load: Callable[..., Any], cls: type[M], name_or_path: str | Path, **kwargs: Any) -> M:
-    """Call transformers' `from_pretrained` and refuse what it would only warn of.
-
-    Args:
-        load: the `from_pretrained` to call.
-        cls: the model class; its `config_class.model_type` must be that of the folder.
-        name_or_path: a folder, or the name of a model on the Hugging Face hub.
-        kwargs: passed on, for example `dtype`.
-
-    Raises:
-        InputError: a missing or damaged file, another architecture, or weights that are missing,
-            unknown or of another shape.
-    """
-    folder = resolve_folder(name_or_path, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs})
-    if cls.config_class is None:
-        raise TypeError(f"{cls.__name__} names no config_class")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != cls.config_class.model_type:
-        raise InputError(f"{folder} holds a model of type {model_type!r}; needed is {cls.config_class.model_type!r}")
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {WEIGHTS_FILE}
-    for name in sorted(names):
-        _check_safetensors(folder / name)
-    verbosity = transformers.logging.get_verbosity()
-    try:
-        # its table of misfits goes to stderr; the one line below says the same
-        transformers.logging.set_verbosity_error()
-        model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except (TypeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"{folder}/config.json does not describe a {cls.__name__} ({error})") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            first = sorted(key if isinstance(key, str) else key[0] for key in report[problem])[0]
-            raise InputError(
-                f"{folder}: weights do not fit config.json, {len(report[problem])} {problem.replace('_', ' ')}, "
-                f"first {first}; the folder mixes two models"
-            )
-    ready: M = model.eval()
-    return ready
-
-
-def save_pretrained_whole(model: PreTrainedModel, folder: str | Path) -> None:
-    """`model.save_pretrained`, each file appearing whole; the weights come last, over any older ones."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.glob(".saving.*"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # by a process that was killed while it saved
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
-        with _disk_errors():
-            model.save_pretrained(temporary)
-        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == WEIGHTS_FILE)
-        for file in files:
-            file.chmod(READABLE)
-            _sync(file)
-            file.replace(folder / file.name)
-    _sync(folder)

@@ -5,7 +5,7 @@ picture alone. `benchmark.py features` trains one.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
@@ -14,30 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
+from common.config import GROUPS, ClassifierConfig
 from common.errors import InputError
 from common.images import to_float
 
-GROUPS = 8  # of GroupNorm
 KIND = "channeltok-classifier"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
-    """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
-
-    classifier_size: int = field(default=64, metadata={"help": "pixels of a side that pictures are resized to"})
-    widths: list[int] = field(
-        default_factory=lambda: [32, 64, 128, 256], metadata={"help": "channels of each block; the last are features"}
-    )
-
-    def __post_init__(self) -> None:
-        smallest = 2 ** len(self.widths)
-        if not self.widths or any(width < 1 or width % GROUPS for width in self.widths):
-            raise InputError(f"widths is {self.widths}; give one or more multiples of {GROUPS}")
-        if self.classifier_size < 1 or self.classifier_size % smallest:
-            raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
-        if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
-            raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
 
 
 class _Block(nn.Module):

@@ -1,24 +1,27 @@
 """Command lines: flags are dataclass fields, a YAML file gives defaults, a mistake is one line and exit 2."""
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import errno
 import logging
+import multiprocessing.util  # which registers its exit function, to run after the one registered below
+import os
 import shlex
+import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedConfig
 
 from common.errors import InputError
-from common.runtime import end_readers_at_exit
 
-logger = logging.getLogger(__name__)
+LOGGERS = ("common", "tokenizer", "generator")  # one for each package
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
@@ -27,24 +30,39 @@ def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "see --help for those allowed"
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def _flag_fields(kind: type) -> type:
-    """The dataclass whose fields become flags; of a transformers configuration only its own fields."""
-    if not issubclass(kind, PreTrainedConfig):
-        return kind
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    own = [field for field in dataclasses.fields(kind) if field.name not in inherited]
-    fresh: list[Any] = []
-    for field in own:
-        new = dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
-        if field.default is not dataclasses.MISSING:
-            new = dataclasses.field(default=field.default, metadata=field.metadata)
-        fresh.append((field.name, field.type, new))
-    return dataclasses.make_dataclass(kind.__name__, fresh, kw_only=True)
+def _boolean(word: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if word.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return values[word.lower()]
+
+
+def _add_flag(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any], hint: Any) -> None:
+    """Add the flag of a dataclass field: a number, a string, a boolean, a Literal, a list of these, or None."""
+    options: dict[str, Any] = {"help": entry.metadata.get("help"), "default": entry.default}
+    if entry.default_factory is not dataclasses.MISSING:
+        options["default"] = entry.default_factory()
+    if options["default"] is dataclasses.MISSING:
+        del options["default"]
+        options["required"] = True
+    if types.NoneType in typing.get_args(hint):
+        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        (hint,) = typing.get_args(hint)
+        options["nargs"] = "+"
+    if typing.get_origin(hint) is typing.Literal:
+        options |= {"type": type(typing.get_args(hint)[0]), "choices": typing.get_args(hint)}
+    elif hint is bool:
+        options |= {"type": _boolean, "nargs": "?", "const": True}
+    else:
+        options["type"] = hint
+    names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
+    parser.add_argument(*names, dest=entry.name, **options)
 
 
 def unset(kind: type, otherwise: str) -> type:
@@ -96,7 +114,7 @@ def parse(
     """Parse the command line into one instance of each class.
 
     Args:
-        kinds: dataclasses or transformers configuration classes; every field is a flag. Names differ.
+        kinds: dataclasses; every field is a flag. Names differ.
         argv: the words after the program's name; None reads the process's own.
         description: shown by --help.
         command: the sub-command that these flags belong to, shown by --help.
@@ -104,11 +122,15 @@ def parse(
     Raises:
         InputError: an unknown or repeated name, a value of the wrong type, or what the classes refuse.
     """
-    flag_kinds: list[Any] = [_flag_fields(kind) for kind in kinds]
     program = None if command is None else f"{_program()} {command}"
-    parser = _Parser(flag_kinds, prog=program, description=description, allow_abbrev=False)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=formatter)
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            _add_flag(parser, entry, hints[entry.name])
     parser.add_argument("--config", type=Path, help="YAML file of defaults for any of these flags")
-    fields = [field.name for kind in flag_kinds for field in dataclasses.fields(kind)]
+    fields = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
     words = list(sys.argv[1:] if argv is None else argv)
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -117,17 +139,15 @@ def parse(
         config = first.parse_known_args(words)[0].config
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
-    defaults = _yaml_as_flags(config, parser, fields) if config else []
+    # --config again, because a list at the end of the defaults would take the first words of the command line
+    defaults = [*_yaml_as_flags(config, parser, fields), f"--config={config}"] if config else []
 
     known, rest = parser.parse_known_args(defaults + words)
     if rest:
         flags = [f"--{name.replace('_', '-')}" for name in [*fields, "config"]]
         raise InputError(f"unknown argument {rest[0]!r}; {nearest(rest[0].split('=')[0], flags)}")
     values = vars(known)
-    return tuple(
-        kind(**{field.name: values[field.name] for field in dataclasses.fields(flag_kind)})
-        for kind, flag_kind in zip(kinds, flag_kinds, strict=True)
-    )
+    return tuple(kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind)}) for kind in kinds)
 
 
 def parse_command(
@@ -191,8 +211,40 @@ def _program() -> str:
     return Path(sys.argv[0]).name
 
 
+def set_up_logging() -> None:
+    """Write messages of this project to stderr, one line each, and only warnings of libraries.
+
+    Of several processes (torchrun, accelerate launch) only the first one reports progress.
+    """
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if is_main_process else logging.WARNING)
+
+
+def end_readers_at_exit() -> None:
+    """Kill data readers when a script ends after an error.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them without limit. Not for programs that
+    have other child processes.
+    """
+    # functions registered later run earlier: this one before multiprocessing's own
+    atexit.register(_end_children, os.getpid())
+
+
+def _end_children(script: int) -> None:
+    if os.getpid() != script:  # a fork of it
+        return
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a reader ends by a signal
+    for child in children:
+        child.kill()
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function; a user's mistake or a full disk ends in one line and exit code 2."""
+    set_up_logging()
     end_readers_at_exit()
     try:
         main()

@@ -23,7 +23,6 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 CLASSIFIER = "channeltok-classifier"
 INCEPTION, DEMO_FEATURES = "Inception", "demo features"  # what reports call the networks
 # what a set needs: InceptionV3's score has 10 splits, and a neighbourhood of precision and recall 3 others
-FEWEST = 10
 NEIGHBOURS = 3
 KID_SUBSET, KID_SUBSETS = 1000, 100
 # rows and columns of a table of distances at a time. torch takes differences up to 25 and a matrix product beyond,

@@ -1,7 +1,7 @@
 """The models of a run, each with its optimizer, and the average of the main model's weights."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,31 @@ def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
     return torch.func.functional_call(module, frozen, inputs)
 
 
-def make_optimizer(model: nn.Module, rate: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    """AdamW, fused; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+def make_optimizer(
+    model: nn.Module,
+    rate: float,
+    betas: tuple[float, float],
+    decay: float,
+    rate_scales: Mapping[str, float],
+) -> torch.optim.AdamW:
+    """AdamW, fused; weight decay on matrices only.
+
+    Parameters whose names start with a key of `rate_scales` have their learning rate scaled by its value and no weight
+    decay.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = next((scale for prefix, scale in rate_scales.items() if name.startswith(prefix)), None)
+        key = (1.0, decay if parameter.ndim >= 2 else 0.0) if scale is None else (scale, 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rate * scale, "rate_scale": scale, "weight_decay": weight_decay}
+            for (scale, weight_decay), parameters in groups.items()
+        ],
+        betas=betas,
+        fused=True,
+    )
 
 
 class ModelState:
@@ -59,9 +78,9 @@ class ModelState:
         self.prefix, self.model, self.bare, self.optimizer = prefix, model, bare, optimizer
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of all parameters."""
+        """Set the learning rate of all parameters, scaled where the optimizer was made so."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_scale"]
 
     def state(self) -> State:
         """Weights and the optimizer's state, as a checkpoint keeps them; sharded ones as they are."""

@@ -1,15 +1,12 @@
 """The processes of a run, as accelerate starts them: their set-up, sharded tensors made whole, a vote to stop."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
@@ -22,12 +19,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.config import LoopConfig
 from common.errors import InputError
 from common.runtime import has_fast_bfloat16, pick_device
-from common.steps import LoopConfig
 
 PATIENCE = timedelta(hours=6)  # of the others while the main process evaluates or saves; all else has torch's limits
-TEAM_PATIENCE = timedelta(days=2)  # of one process with another, whose device may be slower or whose share is larger
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -134,53 +130,3 @@ class Peers:
         """Wait for all, also where the main process has something long to do."""
         if self._waits is not None:
             dist.all_reduce(torch.zeros(()), group=self._waits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Team:
-    """The processes that share out work without training: this one is `index` of `count`, and has `device`."""
-
-    index: int
-    count: int
-    device: torch.device
-    _state: PartialState
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes what there is one of."""
-        return self.index == 0
-
-    def wait(self) -> None:
-        """Wait until every process has come here.
-
-        Raises:
-            InputError: one of them has ended.
-        """
-        try:
-            self._state.wait_for_everyone()
-        except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or "onnection" in str(error)):
-                raise
-            raise InputError("another process has ended before its time; its own message tells why") from error
-
-
-@contextmanager
-def team(device_name: str) -> Iterator[Team]:
-    """The processes that a launcher started, this one at least; `device_name` is auto, cpu, cuda, cuda:1 or mps.
-
-    Raises:
-        InputError: one GPU named for several processes.
-    """
-    device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else device_name)
-    # accelerate knows the processes of CUDA devices; those of any other device meet as those of the CPU do
-    state = PartialState(cpu=device.type != "cuda", timeout=TEAM_PATIENCE)
-    if state.num_processes > 1 and device.type == "cuda":
-        if device.index is not None:
-            raise InputError(
-                f"device is {device_name!r}, one GPU for {state.num_processes} processes; leave --device away"
-            )
-        device = state.device
-    try:
-        yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
-    finally:
-        state.destroy_process_group()

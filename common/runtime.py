@@ -1,8 +1,5 @@
-"""Devices, number formats, logging and Ctrl-C."""
+"""Devices, number formats and signals."""
 
-import atexit
-import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,14 +11,12 @@ from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from common.config import DTYPES
 from common.errors import InputError
 
 M = TypeVar("M", bound=nn.Module)
-LOGGERS = ("common", "tokenizer", "generator")  # one a package
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -48,7 +43,8 @@ def pick_dtype(name: str) -> torch.dtype:
     """`float32` or `bfloat16` as a torch type."""
     if name not in DTYPES:
         raise InputError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def move(model: M, device: torch.device | None = None, dtype: torch.dtype | None = None) -> M:
@@ -105,19 +101,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def set_up_logging() -> None:
-    """Messages of this project to stderr, one line each; libraries speak from warnings on.
-
-    Of several processes (torchrun, accelerate launch) the first one tells what goes on; the others only warn.
-    """
-    is_main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    level = logging.INFO if is_main_process else logging.WARNING
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(level)
-    transformers.logging.disable_progress_bar()
-
-
 class Interrupted(BaseException):
     """Raised where a signal may break work off; see `StopOnSignal.interrupting`."""
 
@@ -172,23 +155,3 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """For the processes that read data: the one that trains decides what a signal to all of them means."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_readers_at_exit() -> None:
-    """For a script that starts such processes: let it end after an error, too.
-
-    multiprocessing would ask them by SIGTERM, which they leave to the trainer, and then wait for ever. Not for programs
-    that have processes of their own.
-    """
-    # called before multiprocessing's own, which torch has brought along
-    atexit.register(_end_children, os.getpid())
-
-
-def _end_children(script: int) -> None:
-    if os.getpid() != script:  # a fork of it
-        return
-    children = [child for child in multiprocessing.active_children() if child.daemon]
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a reader ends by a signal
-    for child in children:
-        child.kill()

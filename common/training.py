@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from common.config import LoopConfig
 from common.errors import InputError
 from common.journal import Journal
 from common.model_state import AuxiliaryModel, Average, ModelState, State, make_optimizer, shell_of
@@ -24,7 +25,7 @@ from common.processes import Peers, whole
 from common.randomness import Stream, generator_for
 from common.resuming import Checkpoints
 from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
-from common.steps import LoopConfig, Part, StepPlan, StepSampler, learning_rate_at
+from common.steps import Part, StepPlan, StepSampler, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -79,6 +80,7 @@ class Loop:
         accelerator: from `make_accelerator`.
         identity: everything else that must not change on a resume, JSON values.
         auxiliary: further models by name, each updated in the steps whose `StepLoss.auxiliary` contains it.
+        rate_scales: of the main model's optimizer, see `make_optimizer`.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Loop:
         accelerator: Accelerator,
         identity: dict[str, Any],
         auxiliary: Mapping[str, AuxiliaryModel] | None = None,
+        rate_scales: Mapping[str, float] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
@@ -105,11 +108,11 @@ class Loop:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         shell = shell_of(model) if accelerator.is_main_process else None
         betas = (config.beta1, config.beta2)
-        self.main = self._prepare("", model, config.learning_rate, betas, config.weight_decay)
+        self.main = self._prepare("", model, config.learning_rate, betas, config.weight_decay, rate_scales or {})
         self.auxiliary: dict[str, ModelState] = {}
         self._scheduled_rates: dict[str, float] = {}  # peak learning rates of those that follow the schedule
         for name, extra in (auxiliary or {}).items():
-            self.auxiliary[name] = self._prepare(f"{name}.", extra.model, extra.learning_rate, extra.betas, 0.0)
+            self.auxiliary[name] = self._prepare(f"{name}.", extra.model, extra.learning_rate, extra.betas, 0.0, {})
             if extra.follows_schedule:
                 self._scheduled_rates[name] = extra.learning_rate
         self.average: Average | None = None  # kept where it is looked at, or by all who hold a shard
@@ -125,9 +128,16 @@ class Loop:
         self._reported = (self.step, time.perf_counter())
 
     def _prepare(
-        self, prefix: str, model: nn.Module, rate: float, betas: tuple[float, float], weight_decay: float
+        self,
+        prefix: str,
+        model: nn.Module,
+        rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        rate_scales: Mapping[str, float],
     ) -> ModelState:
-        prepared, optimizer = self.accelerator.prepare(model, make_optimizer(model, rate, betas, weight_decay))
+        optimizer = make_optimizer(model, rate, betas, weight_decay, rate_scales)
+        prepared, optimizer = self.accelerator.prepare(model, optimizer)
         return ModelState(prefix, prepared, self.accelerator.unwrap_model(prepared), optimizer)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from common.checkpoint import written_whole
 from common.errors import InputError
-from generator.config import TokenLayout
-from generator.sampling import SamplingConfig
+from generator.config import ChannelGPTConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Drawing:
             raise InputError(f"{path} has parts of different lengths; give a tokens.npz that sample.py wrote")
         return drawing
 
-    def check(self, path: str | Path, layout: TokenLayout, fingerprint: str) -> None:
+    def check(self, path: str | Path, config: ChannelGPTConfig, fingerprint: str) -> None:
         """Refuse a drawing that a model cannot go on with.
 
         Raises:
@@ -82,11 +81,11 @@ class Drawing:
                 f"{path} was drawn with model {self.fingerprint}, this is {fingerprint}; "
                 "give the model it came from with --model"
             )
-        if len(self.tokens) and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < layout.codebook_size:
-            raise InputError(f"{path} holds tokens beyond the codebook; allowed are 0..{layout.codebook_size - 1}")
-        if bool(((self.num_tokens < 1) | (self.num_tokens > min(self.tokens.shape[1], layout.num_channels))).any()):
-            raise InputError(f"{path} holds rows of no tokens or too many; allowed are 1..{layout.num_channels}")
-        layout.check_labels(torch.tensor(self.class_labels, dtype=torch.long))
+        if len(self.tokens) and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < config.codebook_size:
+            raise InputError(f"{path} holds tokens beyond the codebook; allowed are 0..{config.codebook_size - 1}")
+        if bool(((self.num_tokens < 1) | (self.num_tokens > min(self.tokens.shape[1], config.num_channels))).any()):
+            raise InputError(f"{path} holds rows of no tokens or too many; allowed are 1..{config.num_channels}")
+        config.check_labels(self.class_labels)
 
     def rows(self, rows: Sequence[int]) -> "Drawing":
         """Some rows, in that order.

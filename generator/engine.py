@@ -1,7 +1,7 @@
-"""The engine: what one step of a batch costs. Eager, compiled, or captured as a CUDA graph; the same formulas.
+"""The engine: runs the cached step of a batch eagerly, compiled, or captured as a CUDA graph; the same formulas.
 
-A `Batch` is the state of some drawings on the device; `Engine.advance` draws one more token of each of
-them, and nothing in it waits for the device. `generate.stream` decides which drawings go on.
+A `Batch` is the state of some images on the device; `Engine.advance` draws one more token of each of
+them without waiting for the device. `generate.stream` decides which images continue.
 """
 
 import types
@@ -11,13 +11,13 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from common.bit_prior import token_bits
 from common.runtime import check_can_compile
-from generator.decode import Cache, CachedDecoder, Layer, LayerCache, Rotation, blocks, head
-from generator.products import LIBRARY, SUMS
-from generator.sampling import SamplingConfig, draw, guide
+from generator.config import SamplingConfig
+from generator.decode import LIBRARY, SUMS, Cache, CachedDecoder, LayerCache, blocks, embed, head, prior
+from generator.sampling import code_log_probabilities, draw, guide
 
 FEW_ROWS = 8  # compiled sums serve up to so many rows at once; more would spill the processor's registers
 LENGTH_STEP = 64  # attention reads the cache in multiples of this many positions
@@ -27,16 +27,18 @@ KEPT_GRAPHS = 64  # of one batch; each setting of the filters and each length of
 
 @dataclass(kw_only=True, eq=False)
 class Batch:
-    """Drawings side by side. All tensors are on the device and stay where they are: a graph may hold them.
+    """Images drawn together. All tensors stay at their addresses on the device, since a graph may hold them.
 
-    With guidance the caches of the unconditional halves are rows `images`.. of `cache`.
+    There is a row for each image, and with guidance, from row `images` on, another one without class.
     """
 
-    sequences: Tensor  # (images, C + 1) int64: the class row, then tokens; what is not drawn yet means nothing
-    null_rows: Tensor  # (images,) int64: the row of no class
+    tokens: Tensor  # (images, C) int64; those not drawn yet have no meaning
+    bits: Tensor  # (images, C + 1, n) float32: row 0 is zeros, row c + 1 has the bits of token c
+    class_vectors: Tensor  # (rows, d) float32
+    class_odds: Tensor  # (rows, C, n) float32: what the class adds to the log-odds of bits
     uniforms: Tensor  # (images, C) float64 (float32 where the device has no other): one number for each token
     given: Tensor  # (images,) int64: tokens of a prefix, which are read and not drawn
-    position: Tensor  # (1,) int64: the next position to feed
+    position: Tensor  # (1,) int64: the channel to predict next
     scales: Tensor  # (C,) float32: guidance at each position
     log_likelihood: Tensor  # (images,) float32: nats, of the tokens so far
     cache: Cache
@@ -48,32 +50,16 @@ class Batch:
 
     @property
     def images(self) -> int:
-        """Drawings, fillers of a rounded-up batch counted too."""
-        return len(self.sequences)
-
-
-def _summed_blocks(
-    hidden: Tensor,
-    layers: list[Layer],
-    caches: list[LayerCache],
-    rotation: Rotation,
-    position: Tensor,
-    mask: Tensor,
-    eps: float,
-) -> Tensor:
-    return blocks(SUMS, hidden, layers, caches, rotation, position, mask, eps)
-
-
-def _summed_head(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return head(SUMS, hidden, norm, weight, eps)
+        """Number of images, including those that fill up a rounded-up batch."""
+        return len(self.tokens)
 
 
 @cache
 def _compiled(function: types.FunctionType, rows: int) -> Callable[..., Tensor]:
-    """A compiled function for so many rows.
+    """Compile a function for so many rows.
 
     Each number of rows gets a code object of its own: torch.compile counts the versions of a code
-    object, and past a limit it falls back to eager without a word.
+    object, and past a limit it falls back to eager without a warning.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{rows}_rows")
     own = types.FunctionType(code, function.__globals__, code.co_name)
@@ -100,13 +86,13 @@ class Engine:
             check_can_compile(decoder.device)
         self.decoder, self.compile = decoder, compile
         self.captures = decoder.device.type == "cuda"
-        # sums beat the library for few rows only; on a CPU the rest is walked in parts of a few
+        # sums beat the library for few rows only; on a CPU more rows are processed a few at a time
         self._few = FEW_ROWS if decoder.device.type == "cpu" else 2
         self._in_parts = compile and decoder.device.type == "cpu"
-        self._arange = torch.arange(decoder.layout.num_channels, device=decoder.device)
+        self._arange = torch.arange(decoder.config.num_channels, device=decoder.device)
         self._kept: list[Batch] = []
         self._pool: Any = torch.cuda.graph_pool_handle() if self.captures else None
-        # compiling all layers as one takes minutes, one by one costs a call for each: groups of equal size
+        # compiling all layers as one takes minutes, and each call has a cost: groups of equal size
         self._group = max(size for size in (1, 2, 3, 4, 5, 6) if len(decoder.layers) % size == 0)
 
     # --------------------------------------------------------------------------------- batches
@@ -126,7 +112,7 @@ class Engine:
         scales: Tensor,
         guided: bool,
     ) -> Batch:
-        """A batch that has fed nothing yet.
+        """Start a batch at position 0.
 
         Args:
             class_labels: (b,) int64.
@@ -136,71 +122,83 @@ class Engine:
             scales: (C,), guidance at each position.
             guided: whether any of them is not 1.
         """
-        device, layout = self.decoder.device, self.decoder.layout
-        batch = self._acquire(len(class_labels), tokens.shape[1], guided)
+        device, length = self.decoder.device, tokens.shape[1]
+        batch = self._acquire(len(class_labels), length, guided)
         rows = self._filled(range(len(class_labels)), batch.images)
-        length = tokens.shape[1]
-        batch.sequences[:, 0] = layout.class_rows(class_labels.to(device))[rows]
-        batch.sequences[:, 1 : length + 1] = tokens.to(device)[rows]
+        labels = class_labels.to(device)[rows]
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.decoder.config.null_label)])
+        batch.class_vectors.copy_(self.decoder.tables.class_vectors[labels])
+        batch.class_odds.copy_(self.decoder.tables.class_odds[labels])
+        self.set_prefix(batch, tokens.to(device)[rows], given.to(device)[rows])
         batch.uniforms[:, :length] = uniforms.to(device, batch.uniforms.dtype)[rows]
-        batch.given.copy_(given.to(device)[rows])
         batch.scales.copy_(scales)
         batch.position.zero_()
         batch.log_likelihood.zero_()
         batch.next_position = 0
         return batch
 
+    def set_prefix(self, batch: Batch, tokens: Tensor, given: Tensor) -> None:
+        """Set tokens (images k) of a batch, of which the first given[i] of row i are read, not drawn."""
+        tokens = tokens.to(batch.tokens.device)
+        batch.tokens[: len(tokens), : tokens.shape[1]] = tokens
+        batch.bits[: len(tokens), 1 : tokens.shape[1] + 1] = token_bits(tokens, batch.bits.shape[2])
+        batch.given[: len(tokens)] = given.to(batch.given.device)
+
     def select(self, batch: Batch, images: Sequence[int], guided: bool) -> Batch:
         """A batch of some images of another, in that order; an image may be named twice (a fork).
 
-        The other batch is given up. `guided` may turn from true to false: the unconditional half is dropped.
+        The other batch is released. `guided` may change from true to false: the rows without class are dropped.
         """
         chosen = self._acquire(len(images), batch.capacity, guided)
-        rows = self._filled(images, chosen.images)
-        for name in ("sequences", "null_rows", "uniforms", "given", "log_likelihood"):
+        indices = self._filled(images, chosen.images)
+        for name in ("tokens", "bits", "uniforms", "given", "log_likelihood"):
+            getattr(chosen, name).copy_(getattr(batch, name).index_select(0, indices))
+        rows = torch.cat([indices, indices + batch.images]) if guided else indices
+        for name in ("class_vectors", "class_odds"):
             getattr(chosen, name).copy_(getattr(batch, name).index_select(0, rows))
         chosen.position.copy_(batch.position)
         chosen.scales.copy_(batch.scales)
         chosen.next_position = batch.next_position
-        cache_rows = torch.cat([rows, rows + batch.images]) if guided else rows
-        chosen.cache.take_rows(batch.cache, cache_rows, batch.next_position)
+        chosen.cache.take_rows(batch.cache, rows, batch.next_position)
         self.release(batch)
         return chosen
 
     def release(self, batch: Batch) -> None:
-        """Give a batch up; its buffers and graphs are kept for the next one of its size, unless sizes are any."""
+        """Release a batch; compiled and captured engines keep its buffers and graphs for the next one of its size."""
         if self.captures or self.compile:
             self._kept = [*self._kept[-KEPT_BATCHES + 1 :], batch]
 
     def _filled(self, images: Sequence[int], slots: int) -> Tensor:
-        """Indices of images, the first one again for each slot that is left over."""
+        """Indices of images; the first one fills the remaining slots."""
         return torch.tensor([*images, *[images[0]] * (slots - len(images))], device=self.decoder.device)
 
     def _acquire(self, images: int, capacity: int, guided: bool) -> Batch:
-        decoder, slots = self.decoder, self.slots(images)
-        channels, device = decoder.layout.num_channels, decoder.device
-        # whole views, so that how a position is computed hangs on the position alone and not on the k asked for
+        decoder, config, slots = self.decoder, self.decoder.config, self.slots(images)
+        channels, bits, device = config.num_channels, config.num_bits, decoder.device
+        # whole views, so that how a position is computed depends on the position and not on the k asked for
         capacity = min(-(-capacity // LENGTH_STEP) * LENGTH_STEP, channels)
         if self.compile or self.captures:
-            # one layout of the cache, so that one program serves every k; the position too many keeps the
+            # one layout of the cache, so that one program serves every k; one position more than needed keeps the
             # longest view from being contiguous, which would be another layout
             capacity = channels + 1
         for kept in self._kept:
             if (kept.images, kept.guided) == (slots, guided):
                 self._kept.remove(kept)
                 return kept
-        null_row = decoder.layout.class_rows(torch.tensor(decoder.layout.null_label))
+        rows = slots * (2 if guided else 1)
+        exact = torch.float32 if device.type == "mps" else torch.float64
         return Batch(
-            sequences=torch.zeros(slots, channels + 1, dtype=torch.long, device=device),
-            null_rows=null_row.to(device).repeat(slots),
-            uniforms=torch.zeros(
-                slots, channels, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-            ),
+            tokens=torch.zeros(slots, channels, dtype=torch.long, device=device),
+            bits=torch.zeros(slots, channels + 1, bits, device=device),
+            class_vectors=torch.zeros(rows, config.hidden_size, device=device),
+            class_odds=torch.zeros(rows, channels, bits, device=device),
+            uniforms=torch.zeros(slots, channels, dtype=exact, device=device),
             given=torch.zeros(slots, dtype=torch.long, device=device),
             position=torch.zeros(1, dtype=torch.long, device=device),
             scales=torch.ones(channels, device=device),
             log_likelihood=torch.zeros(slots, device=device),
-            cache=decoder.new_cache(slots * (2 if guided else 1), capacity),
+            cache=decoder.new_cache(rows, capacity),
             capacity=capacity,
             guided=guided,
         )
@@ -209,7 +207,7 @@ class Engine:
 
     @torch.no_grad()
     def feed(self, batch: Batch) -> None:
-        """Read one more token of a prefix, drawing nothing."""
+        """Read one more token of a prefix without drawing."""
         self._run(batch, "feed", partial(self._feed, batch, self._length(batch)))
 
     @torch.no_grad()
@@ -217,16 +215,16 @@ class Engine:
         """Draw one more token of every image.
 
         Args:
-            batch: its `sequences` hold the token at `next_position` afterwards.
+            batch: its `tokens` hold the new token afterwards.
             sampling: the filters.
-            guided: whether this position's scale is not 1; the unconditional half is fed all the same.
+            guided: whether this position's scale is not 1; rows without class are computed in any case.
             scored: add the tokens' log-likelihood (of the conditional model itself, before any filter).
         """
         key = (sampling.temperature, sampling.top_k, sampling.top_p, guided, scored)
         self._run(batch, key, partial(self._advance, batch, self._length(batch), sampling, guided, scored))
 
     def _length(self, batch: Batch) -> int:
-        channels = self.decoder.layout.num_channels
+        channels = self.decoder.config.num_channels
         return min(-(-(batch.next_position + 1) // LENGTH_STEP) * LENGTH_STEP, batch.capacity, channels)
 
     def _run(self, batch: Batch, key: Any, step: Callable[[], None]) -> None:
@@ -242,8 +240,8 @@ class Engine:
         batch.next_position += 1
 
     def _capture(self, batch: Batch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Record a step. Warming up runs it for real, so what it changed is put back; the cache is written again."""
-        changed = (batch.sequences, batch.position, batch.log_likelihood)
+        """Record a step. Warming up changes the batch, so its state is restored; the cache is written again."""
+        changed = (batch.tokens, batch.bits, batch.position, batch.log_likelihood)
         before = [tensor.clone() for tensor in changed]
         side = torch.cuda.Stream(self.decoder.device)
         side.wait_stream(torch.cuda.current_stream(self.decoder.device))
@@ -259,44 +257,73 @@ class Engine:
         return graph
 
     def _feed(self, batch: Batch, length: int) -> None:
-        self._forward(batch, length, with_logits=False)
+        self._blocks(batch, length)
         batch.position.add_(1)
 
     def _advance(self, batch: Batch, length: int, sampling: SamplingConfig, guided: bool, scored: bool) -> None:
-        logits = self._forward(batch, length, with_logits=True)
+        log_odds, pairs = self._odds(batch, self._blocks(batch, length), guided)
+        logits = code_log_probabilities(log_odds, pairs)
         conditional = logits[: batch.images]
         if guided:
             scale = batch.scales.index_select(0, batch.position)
             logits = guide(conditional, logits[batch.images :], scale)
         uniform = batch.uniforms.index_select(1, batch.position)[:, 0]
-        drawn = draw(logits if guided else conditional, uniform, sampling)
-        following = batch.position + 1
-        earlier = batch.sequences.index_select(1, following)[:, 0]
+        drawn = draw(logits, uniform, sampling)
+        earlier = batch.tokens.index_select(1, batch.position)[:, 0]
         token = torch.where(batch.position < batch.given, earlier, drawn)
-        batch.sequences.index_copy_(1, following, token[:, None])
         if scored:
-            batch.log_likelihood += conditional.log_softmax(-1).gather(1, token[:, None])[:, 0]
+            batch.log_likelihood += conditional.gather(1, token[:, None])[:, 0]
+        batch.tokens.index_copy_(1, batch.position, token[:, None])
         batch.position.add_(1)
+        batch.bits.index_copy_(1, batch.position, token_bits(token, batch.bits.shape[2])[:, None])
 
-    def _forward(self, batch: Batch, length: int, *, with_logits: bool) -> Tensor:
-        """Feed each image's row at the batch's position: logits (rows codebook_size), or nothing of use."""
-        rows = batch.sequences.index_select(1, batch.position)[:, 0]
+    def _blocks(self, batch: Batch, length: int) -> Tensor:
+        """Output of the last block at the batch's position, (rows d)."""
+        decoder, position = self.decoder, batch.position
+        previous = batch.bits.index_select(1, position)[:, 0]
         if batch.guided:
-            # at position 0 the unconditional half reads the null class, later the tokens of its image
-            rows = torch.cat([rows, torch.where(batch.position == 0, batch.null_rows, rows)])
+            previous = torch.cat([previous, previous])
         if length not in batch.views:
-            batch.views[length] = self._parts(batch, len(rows), length)
-        hidden = F.embedding(rows, self.decoder.embedding).float()
-        if self.decoder.positions is not None:
-            hidden = hidden + self.decoder.positions.index_select(0, batch.position)
-        mask = self._arange[:length] <= batch.position
+            batch.views[length] = self._parts(batch, len(previous), length)
+        mask = torch.where(self._arange[:length] <= position, 0.0, -torch.inf)
         if self.compile:
             torch._dynamo.mark_dynamic(mask, 0)  # noqa: SLF001
         outputs = []
         for start, end, caches in batch.views[length]:
-            part = self._blocks(hidden[start:end], caches, batch.position, mask)
-            outputs.append(self._head(part) if with_logits else part)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            rows = end - start
+            hidden = self._call(
+                embed, rows, previous[start:end], batch.class_vectors[start:end], decoder.tables, position
+            )
+            size = self._group if self._sums(rows) else len(decoder.layers)
+            for first in range(0, len(decoder.layers), size):
+                group = slice(first, first + size)
+                hidden = self._call(
+                    blocks, rows, hidden, decoder.layers[group], caches[group], decoder.rotation, position, mask
+                )
+            outputs.append(hidden)
+        return torch.cat(outputs)
+
+    def _odds(self, batch: Batch, hidden: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
+        """Log-odds (rows n) and pairs (rows n n) of the next code; rows without class only where `guided`."""
+        decoder, position, bits = self.decoder, batch.position, batch.bits.shape[2]
+        rows = batch.images * (2 if guided else 1)
+        trunk = torch.cat(
+            [
+                self._call(head, len(part), part, decoder.tables, position)
+                for part in hidden[:rows].split(self._few if self._in_parts else rows)
+            ]
+        )
+        linear = torch.cat(
+            [
+                self._call(prior, len(part), part, decoder.tables, position)
+                for part in batch.bits.split(self._few if self._in_parts else batch.images)
+            ]
+        )
+        if guided:
+            linear = torch.cat([linear, linear])
+        class_odds = batch.class_odds[:rows].index_select(1, position)[:, 0]
+        pairs = trunk[:, bits:] + decoder.tables.pairs.index_select(0, position)
+        return trunk[:, :bits] + linear + class_odds, pairs.unflatten(1, (bits, bits))
 
     def _parts(self, batch: Batch, num_rows: int, length: int) -> list[tuple[int, int, list[LayerCache]]]:
         size = self._few if self._in_parts else num_rows
@@ -307,18 +334,12 @@ class Engine:
                 torch._dynamo.mark_dynamic(entry, 2)  # noqa: SLF001 - documented, in spite of its name
         return parts
 
-    def _blocks(self, hidden: Tensor, caches: list[LayerCache], position: Tensor, mask: Tensor) -> Tensor:
-        decoder, few = self.decoder, self.compile and len(hidden) <= self._few
-        size = self._group if few else len(decoder.layers)
-        function = _compiled(_summed_blocks, len(hidden)) if few else partial(blocks, LIBRARY)
-        for start in range(0, len(decoder.layers), size):
-            end = start + size
-            hidden = function(
-                hidden, decoder.layers[start:end], caches[start:end], decoder.rotation, position, mask, decoder.norm_eps
-            )
-        return hidden
+    def _sums(self, rows: int) -> bool:
+        return self.compile and rows <= self._few
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        decoder, few = self.decoder, self.compile and len(hidden) <= self._few
-        function = _compiled(_summed_head, len(hidden)) if few else partial(head, LIBRARY)
-        return function(hidden, decoder.final_norm, decoder.code_head, decoder.norm_eps)
+    def _call(self, function: Any, rows: int, *arguments: Any) -> Tensor:
+        """Call a function of generator.decode: compiled sums for few rows, otherwise the library's products."""
+        if self._sums(rows):
+            return _compiled(function, rows)(SUMS, *arguments)
+        result: Tensor = function(LIBRARY, *arguments)
+        return result

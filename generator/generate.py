@@ -1,27 +1,41 @@
-"""The stream: the one loop that draws tokens. To stop at any k is not to ask for the next step."""
+"""The stream: the one loop that draws tokens. To stop at any k, do not ask for the next step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.errors import InputError
+from common.images import to_pil
 from common.randomness import uniforms
-from generator.config import TokenLayout
+from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.engine import Batch, Engine
-from generator.sampling import SamplingConfig
+from generator.sampling import guidance_scales
+
+
+class Preview:
+    """Images of a step, decoded or being decoded."""
+
+    def __init__(self, num_tokens: int, pending: Any):
+        self.num_tokens, self._pending = num_tokens, pending
+
+    def pictures(self) -> list[Image.Image]:
+        """One image for each row; waits for them if necessary."""
+        return [to_pil(image) for image in self._pending.images()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The drawing after one more token of every image that still goes on.
+    """State of a stream after one more token of every image that continues.
 
     tokens: (b num_tokens) int64 on the generator's device, wider where a prefix is longer than num_tokens;
         row i holds lengths[i] tokens, the rest is 0.
     lengths: tokens of each image: num_tokens, less where it ended before, more where its prefix has more.
-    drawing: the images that go on after this step, unless they are stopped.
-    log_likelihood: (b,) nats of each image's tokens under the model, if it was asked for.
+    drawing: the images that continue after this step, unless they are stopped.
+    log_likelihood: (b,) nats of each image's tokens under the model, if it was requested.
     """
 
     num_tokens: int
@@ -30,9 +44,24 @@ class Step:
     drawing: tuple[int, ...]
     log_likelihood: Tensor | None
     _stopped: set[int]
+    _decoder: Any
+
+    def preview(self) -> list[Image.Image]:
+        """Decode what has been drawn: one whole image for each row. Drawing waits meanwhile."""
+        return self.begin_preview().pictures()
+
+    def begin_preview(self) -> Preview:
+        """Start to decode; on CUDA in parallel with drawing, elsewhere when the images are requested.
+
+        Raises:
+            InputError: a stream without a decoder of images.
+        """
+        if self._decoder is None:
+            raise InputError("this stream has no decoder of images; draw with a ChannelTokPipeline")
+        return Preview(self.num_tokens, self._decoder.start(self.tokens, torch.tensor(self.lengths)))
 
     def stop(self, images: Sequence[int]) -> None:
-        """End the drawing of some images here; the others go on, at the cost of the smaller batch.
+        """Stop some images here; the others continue, at the cost of the smaller batch.
 
         Raises:
             InputError: an index that is no image of this stream.
@@ -43,7 +72,7 @@ class Step:
         self._stopped.update(images)
 
     def keep(self, images: Sequence[int]) -> None:
-        """End the drawing of all images but these."""
+        """Stop all images but these."""
         self.stop(images=[])
         kept = set(images)
         if unknown := kept - set(range(len(self.lengths))):
@@ -52,7 +81,7 @@ class Step:
 
 
 def _check(
-    layout: TokenLayout,
+    config: ChannelGPTConfig,
     labels: Tensor,
     seeds: Sequence[int],
     num_tokens: Sequence[int],
@@ -62,12 +91,7 @@ def _check(
 ) -> None:
     if not len(labels):
         raise InputError("class_labels is empty; give at least one class")
-    layout.check_labels(labels)
-    if not layout.has_null_label and bool((labels == layout.null_label).any()):
-        raise InputError(
-            f"class label {layout.null_label} stands for no class, which this model was not trained on; "
-            f"use 0..{layout.num_classes - 1}"
-        )
+    config.check_labels(labels.tolist())
     if len(seeds) != len(labels):
         raise InputError(f"there are {len(seeds)} seeds for {len(labels)} class labels; give one for each")
     if len(num_tokens) != len(labels):
@@ -75,9 +99,9 @@ def _check(
             f"there are {len(num_tokens)} num_tokens for {len(labels)} class labels; give one for all or one for each"
         )
     for count in num_tokens:
-        if not 1 <= count <= layout.num_channels:
-            raise InputError(f"num_tokens is {count}; this model draws 1..{layout.num_channels}")
-    if sampling.cfg_scale != 1 and not layout.has_null_label:
+        if not 1 <= count <= config.num_channels:
+            raise InputError(f"num_tokens is {count}; this model draws 1..{config.num_channels}")
+    if sampling.cfg_scale != 1 and not config.has_null_label:
         raise InputError(f"cfg_scale is {sampling.cfg_scale}, but this model was trained without null label; use 1")
     if prefix is None:
         return
@@ -93,8 +117,8 @@ def _check(
                 f"a prefix has {length} tokens of {prefix.shape[1]} for num_tokens {count}; "
                 "it must have at least 1 and fewer than num_tokens"
             )
-    if int(prefix.min()) < 0 or int(prefix.max()) >= layout.codebook_size:
-        raise InputError(f"prefix tokens go beyond the codebook; allowed are 0..{layout.codebook_size - 1}")
+    if int(prefix.min()) < 0 or int(prefix.max()) >= config.codebook_size:
+        raise InputError(f"prefix tokens go beyond the codebook; allowed are 0..{config.codebook_size - 1}")
 
 
 def stream(
@@ -106,6 +130,7 @@ def stream(
     prefix: Tensor | None = None,
     prefix_lengths: Sequence[int] | None = None,
     scored: bool = False,
+    decoder: Any = None,
 ) -> Iterator[Step]:
     """Draw tokens, one channel of every image at each step.
 
@@ -115,9 +140,10 @@ def stream(
         seeds: a seed for each image; image i depends on (seeds[i], class_labels[i], position) alone.
         num_tokens: where an image ends by itself, in [1, C]; one for all or one for each.
         sampling: guidance and filters.
-        prefix: tokens (b j) drawn before, or taken from a photograph; each image goes on after its own.
+        prefix: tokens (b j) drawn before, or taken from a photograph; each image continues its own.
         prefix_lengths: tokens of each row of `prefix`, in [1, j] and below its num_tokens; None: all j.
         scored: whether steps carry the log-likelihood.
+        decoder: for `Step.preview`, a `tokenizer.PictureDecoder`.
 
     Returns:
         A step for each k from the shortest prefix + 1 to the largest num_tokens; fewer if all images are
@@ -132,9 +158,9 @@ def stream(
         given = [0] * len(labels)
     else:
         given = [prefix.shape[-1]] * len(labels) if prefix_lengths is None else list(prefix_lengths)
-    _check(engine.decoder.layout, labels, seeds, counts, sampling, prefix, given)
+    _check(engine.decoder.config, labels, seeds, counts, sampling, prefix, given)
     numbers = uniforms(seeds, max(counts))
-    return _Stream(engine, labels, numbers, counts, sampling, prefix, given, scored).steps()
+    return _Stream(engine, labels, numbers, counts, sampling, prefix, given, scored, decoder).steps()
 
 
 class _Stream:
@@ -150,14 +176,16 @@ class _Stream:
         prefix: Tensor | None,
         given: list[int],
         scored: bool,
+        decoder: Any,
     ):
         self.engine, self.labels, self.numbers, self.counts = engine, labels, numbers, counts
+        self.decoder = decoder
         self.sampling, self.given, self.scored = sampling, given, scored
         self.ends = list(counts)  # where each image ends; it may be stopped before
-        self.scales = sampling.scales(engine.decoder.layout.num_channels)
+        self.scales = guidance_scales(sampling, engine.decoder.config.num_channels)
         guided = [scale != 1 for scale in self.scales.tolist()[: max(counts)]]
         self.guided = guided
-        # from here on the unconditional half is of no use any more
+        # from here on rows without class are not needed
         self.guided_end = max((position + 1 for position, on in enumerate(guided) if on), default=0)
         self.tokens = torch.zeros(len(labels), max(counts), dtype=torch.long)
         for row, length in enumerate(given):
@@ -174,7 +202,7 @@ class _Stream:
         self.sources = [self.distinct.index(firsts[key]) for key in beginnings] if self.shared else self.images
 
     def steps(self) -> Iterator[Step]:
-        """Yield after every token, and drop between two steps what needs no more."""
+        """Yield after every token; drop finished images between steps."""
         batch = self._prefilled()
         try:
             out = self.tokens.to(self.engine.decoder.device)
@@ -199,15 +227,15 @@ class _Stream:
             self.engine.release(batch)
 
     def _record(self, batch: Batch, position: int, out: Tensor, likelihood: Tensor) -> None:
-        """Copy what was drawn to where steps show it; they keep showing what they showed."""
+        """Copy new tokens into the tensors that steps expose."""
         live = [slot for slot, image in enumerate(self.images) if position < self.ends[image]]
         if len(live) == len(out) and live == self.images:
-            out[:, position] = batch.sequences[: len(live), position + 1]
+            out[:, position] = batch.tokens[: len(live), position]
             likelihood.copy_(batch.log_likelihood[: len(live)])
             return
         slots = torch.tensor(live, device=out.device)
         rows = torch.tensor([self.images[slot] for slot in live], device=out.device)
-        out[rows, position] = batch.sequences[slots, position + 1]
+        out[rows, position] = batch.tokens[slots, position]
         likelihood[rows] = batch.log_likelihood[slots]
 
     def _step(self, num_tokens: int, out: Tensor, likelihood: Tensor, stopped: set[int]) -> Step:
@@ -219,10 +247,11 @@ class _Stream:
             drawing=tuple(image for image, end in ends if num_tokens < end and image not in stopped),
             log_likelihood=likelihood.clone() if self.scored else None,
             _stopped=stopped,
+            _decoder=self.decoder,
         )
 
     def _prefilled(self) -> Batch:
-        """Read the prefixes through the very steps that would have drawn them: to continue is never to have stopped."""
+        """Read the prefixes in the same steps that would have drawn them, so that continuing changes no result."""
         chosen = self.distinct
         batch = self.engine.begin(
             self.labels[chosen], self.tokens[chosen], torch.tensor(self.given)[chosen],
@@ -240,9 +269,8 @@ class _Stream:
         """A slot for every image, from the slots that have read its prefix."""
         batch = self.engine.select(batch, self.sources, batch.guided)
         count = len(self.images)
-        batch.sequences[:count, 1 : self.tokens.shape[1] + 1] = self.tokens.to(batch.sequences.device)
+        self.engine.set_prefix(batch, self.tokens, torch.tensor(self.given))
         batch.uniforms[:count, : self.numbers.shape[1]] = self.numbers.to(batch.uniforms)
-        batch.given[:count] = torch.tensor(self.given, device=batch.given.device)
         return batch
 
     def _without_guidance(self, batch: Batch, position: int, count: int) -> Batch:
@@ -251,7 +279,7 @@ class _Stream:
         return batch
 
     def _compacted(self, batch: Batch, live: list[int], position: int) -> Batch:
-        """Drop finished images, and the unconditional half when it has had its last say."""
+        """Drop finished images, and rows without class after the last guided position."""
         if self.engine.slots(len(live)) < batch.images:
             batch = self.engine.select(batch, live, batch.guided and position < self.guided_end)
             self.images = [self.images[slot] for slot in live]

@@ -13,52 +13,17 @@ from torch import Tensor
 
 from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
 from common.errors import InputError
-from common.images import UnreadableImageError, load_image, to_float, to_pil
+from common.images import UnreadableImageError, load_image, to_float
 from common.runtime import move, pick_device
-from generator.config import TokenLayout
+from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import Step, stream
-from generator.model import load_generator
-from generator.sampling import SamplingConfig
+from generator.model import ChannelGPT
 from generator.settings import ModelSettings
 from generator.stopping import Deadline, StopRule, WhenStable, check_deadline, waiter
-from tokenizer import ChannelTokenizer
-from tokenizer.decoding import PendingPictures, PictureDecoder
-
-
-class PipelineStep:
-    """A drawing on its way.
-
-    `.tokens` (b num_tokens) int64, `.lengths`, `.drawing`, `.log_likelihood` and the methods `.stop` and
-    `.keep` are those of `generator.generate.Step`; `.preview()` gives the pictures so far.
-    """
-
-    def __init__(self, step: Step, decoder: PictureDecoder):
-        self._step, self._decoder = step, decoder
-        self.num_tokens, self.tokens, self.lengths = step.num_tokens, step.tokens, step.lengths
-        self.drawing, self.log_likelihood = step.drawing, step.log_likelihood
-        self.stop, self.keep = step.stop, step.keep
-
-    def preview(self) -> list[Image.Image]:
-        """Decode what has been drawn: whole pictures, one for each image. The drawing waits meanwhile."""
-        return self.begin_preview().pictures()
-
-    def begin_preview(self) -> "Preview":
-        """As `preview`, without waiting: on CUDA beside the drawing, elsewhere when the pictures are asked for."""
-        lengths = torch.tensor(self.lengths)
-        return Preview(self.num_tokens, self._decoder.start(self.tokens, lengths))
-
-
-class Preview:
-    """Pictures of a step, decoded or about to be."""
-
-    def __init__(self, num_tokens: int, pending: PendingPictures):
-        self.num_tokens, self._pending = num_tokens, pending
-
-    def pictures(self) -> list[Image.Image]:
-        """The pictures, one for each image; waits for them if need be."""
-        return [to_pil(image) for image in self._pending.images()]
+from tokenizer.decoding import PictureDecoder
+from tokenizer.tokenizer import ChannelTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +35,10 @@ class PipelineOutput:
     lengths: tuple[int, ...]
 
 
-Scorer = Callable[[PipelineStep], Sequence[float]]
+Scorer = Callable[[Step], Sequence[float]]
 
 
-def log_likelihood_scorer(step: PipelineStep) -> Sequence[float]:
+def log_likelihood_scorer(step: Step) -> Sequence[float]:
     """The built-in scorer: the generator's own log-likelihood of each image's tokens, in nats."""
     if step.log_likelihood is None:
         raise InputError("the stream carries no log-likelihood; ask for it with scored=True")
@@ -114,9 +79,9 @@ class ChannelTokPipeline:
         self.fingerprint, self.tokens_fingerprint, self.settings = model_fingerprint, tokens_fingerprint, settings
 
     @property
-    def layout(self) -> TokenLayout:
-        """Sizes, class names and special rows of the generator."""
-        return self.engine.decoder.layout
+    def config(self) -> ChannelGPTConfig:
+        """Sizes and class names of the generator."""
+        return self.engine.decoder.config
 
     @classmethod
     def from_pretrained(
@@ -145,16 +110,16 @@ class ChannelTokPipeline:
             if not (folder / part).is_dir():
                 raise InputError(f"{folder} has no folder {part}/; give a folder with tokenizer/ and generator/")
         tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
-        model, layout = load_generator(folder / "generator", dtype)
+        model = ChannelGPT.from_pretrained(folder / "generator", dtype=dtype)
         made_by = tokenizer.token_fingerprint()
-        if made_by != layout.tokenizer_fingerprint:
+        if made_by != model.config.tokenizer_fingerprint:
             raise InputError(
-                f"{folder}: the generator was trained on tokens of tokenizer {layout.tokenizer_fingerprint}, "
+                f"{folder}: the generator was trained on tokens of tokenizer {model.config.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
         drawn_by = files_fingerprint(folder / "generator")
         model_fingerprint = f"{fingerprint(tokenizer)}-{drawn_by}"
-        engine = Engine(CachedDecoder.from_llama(move(model, target), layout), compile=compile)
+        engine = Engine(CachedDecoder.from_model(move(model, target)), compile=compile)
         tokenizer = move(tokenizer, target)
         settings = ModelSettings.load(folder / "generator", model_fingerprint)
         pictures = PictureDecoder(tokenizer, compile=compile)
@@ -170,7 +135,7 @@ class ChannelTokPipeline:
         Raises:
             InputError: a value that is not allowed.
         """
-        return self.settings.of(self.layout.num_channels if num_tokens is None else num_tokens).override(given)
+        return self.settings.of(self.config.num_channels if num_tokens is None else num_tokens).override(given)
 
     def class_labels(self, names: Sequence[str]) -> list[int]:
         """Labels of classes by name: the whole name, or any part of it between commas; case does not matter.
@@ -179,7 +144,7 @@ class ChannelTokPipeline:
             InputError: an unknown name; the line gives the nearest ones.
         """
         known: dict[str, int] = {}
-        for label, name in enumerate(self.layout.class_names):
+        for label, name in enumerate(self.config.class_names):
             for part in (name, *name.split(",")):
                 known.setdefault(part.strip().lower(), label)
         labels = []
@@ -197,8 +162,8 @@ class ChannelTokPipeline:
         Raises:
             InputError: a file that is no image, or a number of tokens outside [1, C).
         """
-        if not 1 <= num_tokens < self.layout.num_channels:
-            raise InputError(f"prefix_tokens is {num_tokens}; allowed are 1..{self.layout.num_channels - 1}")
+        if not 1 <= num_tokens < self.config.num_channels:
+            raise InputError(f"prefix_tokens is {num_tokens}; allowed are 1..{self.config.num_channels - 1}")
         try:
             image = load_image(path, self.tokenizer.config.image_size)
         except UnreadableImageError as error:
@@ -217,7 +182,7 @@ class ChannelTokPipeline:
         stop_when_stable: float | None = None,
         scored: bool = False,
         **sampling: Any,
-    ) -> Iterator[PipelineStep]:
+    ) -> Iterator[Step]:
         """Draw, one token of every image at each step; stop whenever you like by not asking for the next.
 
         Args:
@@ -240,7 +205,7 @@ class ChannelTokPipeline:
             seeds = [int(seed) + i for i in range(len(class_labels))]
         else:
             seeds = [int(entry) for entry in seed]
-        count = self.layout.num_channels if num_tokens is None else num_tokens
+        count = self.config.num_channels if num_tokens is None else num_tokens
         rules: list[StopRule] = []
         if deadline is not None:
             check_deadline(deadline)
@@ -249,15 +214,15 @@ class ChannelTokPipeline:
                 decode_seconds = self.pictures.seconds(len(class_labels))
             rules.append(Deadline(deadline, decode_seconds, waiter(self.engine.decoder.device)))
         if stop_when_stable is not None:
-            rules.append(WhenStable(stop_when_stable, self.pictures, self.layout.num_channels))
-        steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored)
+            rules.append(WhenStable(stop_when_stable, self.pictures, self.config.num_channels))
+        steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored, self.pictures)
         return self._ruled(steps, rules)
 
-    def _ruled(self, steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[PipelineStep]:
+    def _ruled(self, steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[Step]:
         for step in steps:
             for rule in rules:
                 step.stop(rule(step))
-            yield PipelineStep(step, self.pictures)
+            yield step
 
     def __call__(
         self,
@@ -280,7 +245,7 @@ class ChannelTokPipeline:
         *,
         scorer: Scorer = log_likelihood_scorer,
         **options: Any,
-    ) -> Iterator[PipelineStep]:
+    ) -> Iterator[Step]:
         """Sketch many, refine few: draw all to `sketch_tokens`, and only the best of each class to the end.
 
         The kept ones go on from their caches; nothing is drawn twice. At the last step `.lengths` tells
@@ -298,7 +263,7 @@ class ChannelTokPipeline:
         Raises:
             InputError: an argument out of its range, at the call; a scorer's answer of another length.
         """
-        end = self.layout.num_channels if num_tokens is None else num_tokens
+        end = self.config.num_channels if num_tokens is None else num_tokens
         if not 1 <= sketch_tokens < end:
             raise InputError(f"sketch_tokens is {sketch_tokens}; allowed are 1..{end - 1}, below num_tokens")
         if keep < 1:
@@ -308,12 +273,12 @@ class ChannelTokPipeline:
 
     def _refining(
         self,
-        steps: Iterator[PipelineStep],
+        steps: Iterator[Step],
         class_labels: Sequence[int],
         sketch_tokens: int,
         keep: int,
         scorer: Scorer,
-    ) -> Iterator[PipelineStep]:
+    ) -> Iterator[Step]:
         for step in steps:
             if step.num_tokens == sketch_tokens:
                 scores = list(scorer(step))

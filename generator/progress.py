@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil, to_uint8
@@ -16,11 +15,11 @@ from common.journal import Journal
 from common.measuring import versions
 from common.peak import Peak
 from common.plots import Panel, save_line_plot
-from generator.config import TokenLayout
+from generator.config import SamplingConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
-from generator.sampling import SamplingConfig
+from generator.model import ChannelGPT
 
 logger = logging.getLogger(__name__)
 PICTURE_CLASSES = 8
@@ -28,18 +27,17 @@ NATS_A_BIT = math.log(2)
 REPORT = "report.md"
 
 
-def draw_sheet(
-    model: LlamaForCausalLM, layout: TokenLayout, detokenize: Callable[[Tensor], Tensor], path: Path
-) -> None:
+def draw_sheet(model: ChannelGPT, detokenize: Callable[[Tensor], Tensor], path: Path) -> None:
     """Write a picture of samples with fixed seeds: a row for each of a few classes, a column for each k."""
-    shown = min(PICTURE_CLASSES, layout.num_classes)
-    labels = [i * layout.num_classes // shown for i in range(shown)]
-    lengths = [k for k in (4, 16, 64, 128, 256) if k < layout.num_channels] + [layout.num_channels]
-    engine = Engine(CachedDecoder.from_llama(model, layout))
-    *_, last = stream(engine, labels, labels, layout.num_channels, SamplingConfig())
+    config = model.config
+    shown = min(PICTURE_CLASSES, config.num_classes)
+    labels = [i * config.num_classes // shown for i in range(shown)]
+    lengths = [k for k in (4, 16, 64, 128, 256) if k < config.num_channels] + [config.num_channels]
+    engine = Engine(CachedDecoder.from_model(model))
+    *_, last = stream(engine, labels, labels, config.num_channels, SamplingConfig())
     columns = [to_uint8(detokenize(last.tokens[:, :k])) for k in lengths]
     rows = [[to_pil(column[i]) for column in columns] for i in range(len(labels))]
-    names = [layout.class_names[label].split(",")[0][:20] for label in labels]
+    names = [config.class_names[label].split(",")[0][:20] for label in labels]
     save_png(captioned_table(rows, names, [f"k={k}" for k in lengths]), path)
 
 

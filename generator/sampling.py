@@ -1,81 +1,56 @@
-"""Pure functions on logits: guidance, filters, and one uniform number turned into one token."""
+"""Pure functions on log-probabilities of codes: from the odds of bits, guidance, filters, inversion of the CDF."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import InputError
+from common.bit_prior import token_bits
+from generator.config import SamplingConfig
 
-SCHEDULES = ("constant", "linear", "cosine", "interval")
+
+@cache
+def _half_codes(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bits of all first and of all second halves of a code: (2**(n//2) n//2) and (2**(n-n//2) n-n//2), entries +-1."""
+    halves = (num_bits // 2, num_bits - num_bits // 2)
+    high, low = (token_bits(torch.arange(2**size, device=device), size) for size in halves)
+    return high, low
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How a token is drawn from logits. Applied in this order: guidance, temperature, top-k, top-p.
+def code_log_probabilities(log_odds: Tensor, pairs: Tensor) -> Tensor:
+    """Log-probabilities of all codes of a token, computed from two half codes.
 
-    Guidance may change over the channels. With t = position / C, the share of all channels (never of
-    those asked for, so that a prefix stays a prefix), the scale is cfg_scale throughout (constant),
-    falls from cfg_scale to 1 in a straight line or half a cosine (linear, cosine), or is cfg_scale for
-    cfg_start <= t < cfg_end and 1 elsewhere (interval; Kynkaanniemi et al., 2024).
+    Args:
+        log_odds: (b n), of each bit when all earlier bits of the code count as 0.
+        pairs: (b n n), strictly lower triangular: bit j < i adds pairs[i, j] * bit[j] to the log-odds of bit i.
+
+    Returns:
+        (b 2**n) float32, in the order of tokens.
     """
+    # fmt: off
+    high, low = _half_codes(log_odds.shape[1], log_odds.device)                                 # H h, L l
+    h = high.shape[1]
+    first = log_odds[:, None, :h] + high @ pairs[:, :h, :h].mT                                  # b H h
+    given = log_odds[:, None, h:] + high @ pairs[:, h:, :h].mT                                  # b H l
+    within = low @ pairs[:, h:, h:].mT                                                          # b L l
+    first = F.logsigmoid(high * first).sum(-1)                                                  # b H
+    second = F.logsigmoid(low * (given[:, :, None] + within[:, None])).sum(-1)                  # b H L
+    return (first[:, :, None] + second).flatten(1)
+    # fmt: on
 
-    temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token, 1 the model's own odds"})
-    top_k: int = field(default=0, metadata={"help": "draw among this many most likely tokens; 0 = all"})
-    top_p: float = field(
-        default=1.0, metadata={"help": "draw among the most likely tokens that hold this mass; 1 = all"}
-    )
-    cfg_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 = off, at half the cost"})
-    cfg_schedule: Literal["constant", "linear", "cosine", "interval"] = field(
-        default="constant", metadata={"help": "how guidance changes over the channels"}
-    )
-    cfg_start: float = field(default=0.0, metadata={"help": "interval: share of all channels where guidance begins"})
-    cfg_end: float = field(default=1.0, metadata={"help": "interval: share of all channels where guidance ends"})
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or above")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise InputError(f"cfg_scale is {self.cfg_scale}; it must be 0 or above")
-        if self.cfg_schedule not in SCHEDULES:
-            raise InputError(f"cfg_schedule is {self.cfg_schedule!r}; allowed: {', '.join(SCHEDULES)}")
-        if not 0 <= self.cfg_start < self.cfg_end <= 1:
-            raise InputError(
-                f"cfg_start is {self.cfg_start} and cfg_end {self.cfg_end}; needed is 0 <= cfg_start < cfg_end <= 1"
-            )
-        if self.cfg_schedule != "interval" and (self.cfg_start, self.cfg_end) != (0, 1):
-            raise InputError(
-                f"cfg_start and cfg_end belong to cfg_schedule interval; it is {self.cfg_schedule}, so leave them out"
-            )
-
-    def override(self, given: Mapping[str, Any]) -> "SamplingConfig":
-        """These settings, but for those that are given; if one of guidance is given (cfg_...), all of it is new.
-
-        Raises:
-            InputError: a value that is not allowed.
-        """
-        own = asdict(self)
-        if any(name.startswith("cfg_") for name in given):
-            own = {name: value for name, value in own.items() if not name.startswith("cfg_")}
-        return SamplingConfig(**own | dict(given))
-
-    def scales(self, num_channels: int) -> Tensor:
-        """The guidance scale at each position of a model with C channels: (C,) float32, on the CPU."""
-        share = torch.arange(num_channels, dtype=torch.float64) / num_channels
-        weight = {
-            "constant": torch.ones_like(share),
-            "linear": 1 - share,
-            "cosine": (1 + (math.pi * share).cos()) / 2,
-            "interval": ((share >= self.cfg_start) & (share < self.cfg_end)).double(),
-        }[self.cfg_schedule]
-        return (1 + (self.cfg_scale - 1) * weight).float()
+def guidance_scales(config: SamplingConfig, num_channels: int) -> Tensor:
+    """The guidance scale at each position of a model with C channels: (C,) float32, on the CPU."""
+    share = torch.arange(num_channels, dtype=torch.float64) / num_channels
+    weight = {
+        "constant": torch.ones_like(share),
+        "linear": 1 - share,
+        "cosine": (1 + (math.pi * share).cos()) / 2,
+        "interval": ((share >= config.cfg_start) & (share < config.cfg_end)).double(),
+    }[config.cfg_schedule]
+    return (1 + (config.cfg_scale - 1) * weight).float()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.checkpoint import read_json, write_text
 from common.errors import InputError
-from generator.sampling import SamplingConfig
+from generator.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "sampling.json"

@@ -1,102 +1,38 @@
-"""Training the generator: a token store in, a folder that `sample.py --model` draws from out."""
+"""Training of the generator: a token store in, a folder that `sample.py --model` draws from out."""
 
 import logging
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.bit_prior import fit_bit_prior, token_bits
 from common.checkpoint import folder_written_whole
-from common.errors import InputError
+from common.config import LoopConfig
 from common.measuring import machine
 from common.peak import peak_of
 from common.processes import make_accelerator
 from common.randomness import Stream, generator_for
-from common.runtime import check_can_compile, leave_signals_to_the_trainer, send
-from common.steps import LoopConfig, Part
+from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send
+from common.steps import Part, StepPlan, StepSampler
 from common.training import Loop, RunTasks, StepLoss
-from generator.config import GeneratorConfig, TokenLayout
-from generator.model import build_generator, save_generator, start_from
-from generator.objective import WEIGHTINGS, NextTokenNats, Weighting, flops_per_token, position_weights
-from generator.positions import check_can_count
+from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, size_of
+from generator.model import ChannelGPT, start_from
+from generator.objective import GeneratorObjective, draw_flips, flops_per_token, position_weights
 from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorTrainingConfig(LoopConfig):
-    """Settings of train_ar.py beside the model's size."""
-
-    tokens: str = field(metadata={"help": "token store, from extract_tokens.py"})
-    init_from: str | None = field(
-        default=None,
-        metadata={"help": "begin with the weights of a trained generator; the rows of its classes are replaced"},
-    )
-    label_dropout: float = field(default=0.1, metadata={"help": "share of labels replaced by the null label"})
-    dropout: float = field(
-        default=0.0, metadata={"help": "share of entries zeroed after the embedding, every attention and every MLP"}
-    )
-    position_weighting: Weighting = field(
-        default="none",
-        metadata={"help": "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"},
-    )
-    prefixes: bool = field(
-        default=False,
-        metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work, and first "
-                  "tokens learn the most"},
-    )  # fmt: skip
-    bit_vectors: bool = field(
-        default=True,
-        metadata={"help": "tokens share a vector for each bit, in embedding and head: learns much faster, and is one "
-                  "plain embedding when saved"},
-    )  # fmt: skip
-    position_vectors: bool = field(
-        default=False,
-        metadata={"help": "the model learns with a vector for each position, and is saved with one block more, which "
-                  "makes them: learns very much faster where steps are few"},
-    )  # fmt: skip
-    loss_chunk: int = field(
-        default=8192, metadata={"help": "tokens whose logits exist at a time, to save memory; 0 = all at once"}
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "compute blocks again in the backward pass: less memory, a third more time"},
-    )
-    compile: bool = field(default=False, metadata={"help": "compile the blocks and the loss with torch.compile"})
-    save_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "number format of the exported generator"}
-    )
-    keep_best: bool = field(
-        default=False, metadata={"help": "export the weights of the lowest validation loss, not those of the last step"}
-    )
-    validation_images: int = field(default=2000, metadata={"help": "images of val that an evaluation uses"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("label_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.position_weighting not in WEIGHTINGS:
-            raise InputError(f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
-        if self.position_vectors and self.init_from is not None:
-            raise InputError(
-                "position_vectors are for a fresh model; a trained one (init_from) has its own, leave them out"
-            )
-        if self.loss_chunk < 0:
-            raise InputError(f"loss_chunk is {self.loss_chunk}; it must be 0 (off) or above")
-        if self.validation_images < 1:
-            raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
+PRIOR_BATCH = 512
 
 
 def train_generator(
@@ -112,140 +48,186 @@ def train_generator(
 
     Args:
         training: settings.
-        size: the model's; with training.init_from the default, or that model's.
+        size: of the transformer; with training.init_from the default, or that model's.
         detokenizer: given a device, the function tokens (b k) -> images (b 3 H W) in [-1, 1] of the store's tokenizer.
         command: as the user typed it, for the report.
 
     Raises:
         InputError: settings or a store that cannot be used.
     """
-    store = TokenStore.open(training.tokens)
-    header = store.header
-    layout = TokenLayout(
-        num_channels=header.num_channels,
-        num_bits=header.num_bits,
-        class_names=header.class_names,
-        tokenizer_fingerprint=header.tokenizer_fingerprint,
-        has_null_label=training.label_dropout > 0,
-    )
-    accelerator = make_accelerator(training, can_shard=True)
-    if training.compile:
-        check_can_compile(accelerator.device)
-    output_dir = Path(training.output_dir)
-    train_set = TokenDataset(store, "train", training.seed)
-    val_set = TokenDataset(store, "val", None)
-    vectors = None
-    if training.init_from is None:
-        llama = build_generator(size, layout)
-    else:
-        llama, size, vectors = start_from(training.init_from, layout, size)
-    with_positions = training.position_vectors or vectors is not None
-    layout = replace(layout, first_block_counts=with_positions)
-    if training.position_vectors:
-        check_can_count(llama.config, layout.num_channels)
-    model = NextTokenNats(
-        llama,
-        layout,
-        chunk=training.loss_chunk,
-        dropout=training.dropout,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bit_vectors=training.bit_vectors,
-        position_vectors=with_positions,
-    )
-    if model.positions is not None and vectors is not None:
-        model.positions.vectors.data.copy_(vectors)
-    if training.init_from is None:
-        model.begin_with_bits()
-    if training.compile:
-        model.compile_blocks()
-    seen = (1 + header.num_channels) / 2 if training.prefixes else header.num_channels  # tokens of a sequence, mean
-    flops, parameters = flops_per_token(llama, seen), llama.num_parameters()
-    loop = Loop(
-        model, training, accelerator, {"size": asdict(size), "store": asdict(header), "positions": with_positions}
-    )
-    main = accelerator.is_main_process
-    # only the main process looks at the model; what it looks with need not take room elsewhere
-    baselines = Baselines.of(train_set.counts(), val_set.counts()) if main else None
-    detokenize = detokenizer(accelerator.device) if main else None
-    if main:
-        begin_folder(output_dir, store, training.resume, loop.step < training.steps)
-    batches = DataLoader(
-        train_set,
-        batch_sampler=loop.sampler(len(train_set)),
-        num_workers=training.num_workers,
-        worker_init_fn=leave_signals_to_the_trainer,
-        collate_fn=whole_batch,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    count = min(training.validation_images, len(val_set))
-    chosen = [(i * len(val_set) // count, 0) for i in range(count)]
-    held_batches: Any = DataLoader(
-        val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=whole_batch
-    )
-    weights = position_weights(training.position_weighting, header.num_channels).to(accelerator.device)
-    dtype = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
-    accelerator.wait_for_everyone()  # so that processes which share a processor measure what they then have of it
-    peak = peak_of(accelerator.device, dtype)
-    all_flops = accelerator.reduce(torch.tensor(peak.flops, device=accelerator.device), "sum").item()
+    run = GeneratorRun(training, size, command)
+    if run.accelerator.is_main_process:
+        run.detokenize = detokenizer(run.accelerator.device)
+        begin_folder(Path(training.output_dir), run.store, training.resume, run.loop.step < training.steps)
+    tasks = RunTasks(evaluate=run.evaluate, export=run.export, finish=run.finish, speed=run.speed)
+    run.loop.run(run.batches(), run.loss, tasks)
 
-    def loss(model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
-        tokens = batch.tokens.to(accelerator.device, non_blocking=True)
-        labels = batch.labels.to(accelerator.device, non_blocking=True)
-        dropped = send(part.drops(training.label_dropout), labels.device)
-        labels = torch.where(dropped, layout.null_label, labels)
-        kept = (
-            prefix_length(training.seed, part.step, layout.num_channels) if training.prefixes else layout.num_channels
+
+class GeneratorRun:
+    """A training run: its data, model and loop, and what is evaluated and written on the way."""
+
+    detokenize: Callable[[Tensor], Tensor]
+
+    def __init__(self, training: GeneratorTrainingConfig, size: GeneratorConfig, command: str):
+        self.training, self.command = training, command
+        self.store = TokenStore.open(training.tokens)
+        self.output_dir = Path(training.output_dir)
+        self.accelerator = make_accelerator(training, can_shard=True)
+        device = self.accelerator.device
+        if training.compile:
+            check_can_compile(device)
+        self.train_set = TokenDataset(self.store, "train", training.seed)
+        self.val_set = TokenDataset(self.store, "val", None)
+        model = self._model(size)
+        self.config = model.config
+        mean_length = (1 + self.config.num_channels) / 2 if training.prefixes else self.config.num_channels
+        self.mean_length, self.flops = mean_length, flops_per_token(model, mean_length)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        identity = {"size": asdict(size_of(self.config)), "store": asdict(self.store.header)}
+        objective = GeneratorObjective(model)
+        if training.compile:
+            objective.compile_blocks()
+        scales = {"generator.prior.": training.prior_learning_rate}
+        self.loop = Loop(objective, training, self.accelerator, identity, rate_scales=scales)
+        is_main = self.accelerator.is_main_process
+        self.baselines = Baselines.of(self.train_set.counts(), self.val_set.counts()) if is_main else None
+        self.weights = position_weights(training.position_weighting, self.config.num_channels).to(device)
+        self.latest = math.nan
+        self.dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32"
+        self.accelerator.wait_for_everyone()  # so that processes that share a processor measure their share of it
+        self.peak = peak_of(device, self.dtype)
+        self.peak_flops = self.accelerator.reduce(torch.tensor(self.peak.flops, device=device), "sum").item()
+
+    def _model(self, size: GeneratorConfig) -> ChannelGPT:
+        """A new model with a fitted prior, or the one of init_from."""
+        training, header = self.training, self.store.header
+        config = ChannelGPTConfig(
+            **asdict(size),
+            num_channels=header.num_channels,
+            num_bits=header.num_bits,
+            class_names=header.class_names,
+            tokenizer_fingerprint=header.tokenizer_fingerprint,
+            has_null_label=training.label_dropout > 0,
         )
-        nats = model(labels, tokens[:, :kept])
-        # a token weighs the same in every prefix that has it
-        weighted = (nats * weights[:kept]).sum(1).mean() / layout.num_channels
-        return StepLoss(terms={"loss": weighted, "nats": nats.mean(), "first": nats[:, 0].mean()})
+        dropouts = {"dropout": training.dropout, "attention_dropout": training.attention_dropout}
+        if training.init_from is not None:
+            model = start_from(training.init_from, config, **dropouts)
+        else:
+            model = ChannelGPT(config, **dropouts)
+            if training.prior_steps and not training.resume:
+                self._fit_prior(model)
+        model.prior.requires_grad_(training.prior_learning_rate > 0)
+        model.checkpoints_blocks = training.gradient_checkpointing
+        return model
 
-    latest = math.nan
+    def _fit_prior(self, model: ChannelGPT) -> None:
+        """Fit the linear prior on the main process and send it to the others."""
+        training, device = self.training, self.accelerator.device
+        prior = model.prior.to(device)
+        if self.accelerator.is_main_process:
+            loop = LoopConfig(output_dir="", steps=training.prior_steps, batch_size=PRIOR_BATCH, seed=training.seed)
+            sampler = StepSampler(len(self.train_set), StepPlan(loop, 0, 1), 0)
+            fit_bit_prior(
+                prior,
+                self._prior_batches(DataLoader(self.train_set, batch_sampler=sampler, collate_fn=whole_batch)),
+                steps=training.prior_steps,
+                l2_weight=training.prior_l2_weight,
+                label_dropout=training.label_dropout,
+                seed=training.seed,
+            )
+        for parameter in prior.parameters():
+            broadcast(parameter.data)
+        model.to("cpu")
+
+    def _prior_batches(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            tokens = batch.tokens.to(self.accelerator.device)
+            yield token_bits(tokens, self.store.header.num_bits), batch.labels.to(self.accelerator.device)
+
+    def batches(self) -> DataLoader[TokenBatch]:
+        """The micro-batches that are left."""
+        return DataLoader(
+            self.train_set,
+            batch_sampler=self.loop.sampler(len(self.train_set)),
+            num_workers=self.training.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
+            collate_fn=whole_batch,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def loss(self, model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
+        """Loss of a micro-batch."""
+        training, config, device = self.training, self.config, self.accelerator.device
+        tokens = batch.tokens.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        dropped = send(part.drops(training.label_dropout), device)
+        labels = torch.where(dropped, config.null_label, labels)
+        kept = config.num_channels
+        if training.prefixes:
+            kept = prefix_length(training.seed, part.step, kept)
+        flips = None
+        if training.bit_flips:
+            flips = draw_flips(part.batch_size, kept, config.num_bits, training.bit_flips, part.rng(Stream.BIT_NOISE))
+            flips = send(flips[list(part.rows)], device)
+        nats, penalty = model(labels, tokens[:, :kept], flips)
+        # a token has the same weight in every prefix that contains it
+        weighted = (nats * self.weights[:kept]).sum(1).mean() / config.num_channels
+        loss = weighted + training.prior_l2_weight * penalty
+        return StepLoss(terms={"loss": loss, "nats": nats.mean(), "first": nats[:, 0].mean()})
 
     @torch.no_grad()
-    def evaluate(averaged: NextTokenNats, step: int) -> dict[str, Any]:
-        nonlocal latest
-        assert baselines is not None and detokenize is not None
-        by_position = validation_nats(averaged, held_batches, accelerator)
-        figures = baselines.beside(by_position)
+    def evaluate(self, averaged: GeneratorObjective, step: int) -> dict[str, Any]:
+        """Validation loss by position, and a picture of samples; in the main process."""
+        assert self.baselines is not None
+        by_position = validation_nats(averaged, self._held_batches(), self.accelerator)
+        figures = self.baselines.beside(by_position)
         logger.info("step %d: validation %s", step, figures.line())
-        draw_sheet(averaged.plain(), layout, detokenize, output_dir / "samples" / f"step-{step:08d}.png")
+        draw_sheet(averaged.generator, self.detokenize, self.output_dir / "samples" / f"step-{step:08d}.png")
         record = figures.record()
-        latest = record["nats"]
+        self.latest = record["nats"]
         return record
 
-    def export(averaged: NextTokenNats) -> None:
-        best = min((found["nats"] for found in loop.journal.evaluations().values()), default=math.inf)
-        if training.keep_best and latest >= best:
-            logger.info("generator/ stays that of %.4f nats, the lowest so far", best)
+    def _held_batches(self) -> Any:
+        count = min(self.training.validation_images, len(self.val_set))
+        chosen = [(i * len(self.val_set) // count, 0) for i in range(count)]
+        return DataLoader(
+            self.val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=whole_batch
+        )
+
+    def export(self, averaged: GeneratorObjective) -> None:
+        """Write generator/, with keep_best only if the validation loss is the lowest so far."""
+        best = min((found["nats"] for found in self.loop.journal.evaluations().values()), default=math.inf)
+        if self.training.keep_best and self.latest >= best:
+            logger.info("generator/ keeps the weights with %.4f nats, the lowest so far", best)
             return
-        save_generator(averaged.plain(), layout, output_dir / "generator", training.save_dtype)
+        averaged.generator.save_pretrained(self.output_dir / "generator", pick_dtype(self.training.save_dtype))
 
-    def speed(images_per_second: float) -> dict[str, float]:
-        tokens = images_per_second * seen
-        return {"tokens_per_second": tokens, "mfu": tokens * flops / all_flops}
+    def speed(self, images_per_second: float) -> dict[str, float]:
+        """Tokens per second and MFU."""
+        tokens = images_per_second * self.mean_length
+        return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak_flops}
 
-    def finish() -> None:
-        assert baselines is not None
-        timed = not math.isnan(loop.images_per_second)
-        if not timed and (output_dir / REPORT).exists():
+    def finish(self) -> None:
+        """Write the report."""
+        assert self.baselines is not None
+        timed = not math.isnan(self.loop.images_per_second)
+        if not timed and (self.output_dir / REPORT).exists():
             return  # a finished run that was started once more
         progress = Progress(
-            command=command,
-            machine={**machine(accelerator.device), "processes": accelerator.num_processes, "dtype": dtype},
-            speed=speed(loop.images_per_second) if timed else None,
-            peak=peak,
-            flops_per_token=flops,
-            parameters=parameters,
-            sequences=len(train_set),
-            steps=training.steps,
-            batch_size=training.batch_size,
-            keep_best=training.keep_best,
-        )
-        write_report(output_dir, loop.journal, baselines, progress)
-
-    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export, finish=finish, speed=speed))
+            command=self.command,
+            machine={
+                **machine(self.accelerator.device), "processes": self.accelerator.num_processes, "dtype": self.dtype
+            },
+            speed=self.speed(self.loop.images_per_second) if timed else None,
+            peak=self.peak,
+            flops_per_token=self.flops,
+            parameters=self.parameters,
+            sequences=len(self.train_set),
+            steps=self.training.steps,
+            batch_size=self.training.batch_size,
+            keep_best=self.training.keep_best,
+        )  # fmt: skip
+        write_report(self.output_dir, self.loop.journal, self.baselines, progress)
 
 
 def prefix_length(seed: int, step: int, num_channels: int) -> int:
@@ -253,17 +235,17 @@ def prefix_length(seed: int, step: int, num_channels: int) -> int:
     return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, Stream.PREFIX_LENGTH, step)))
 
 
-def validation_nats(model: NextTokenNats, batches: Any, accelerator: Accelerator) -> Tensor:
+def validation_nats(model: GeneratorObjective, batches: Any, accelerator: Any) -> Tensor:
     """Mean nats of each position, (C,) float64 on the CPU."""
     found = []
     for batch in tqdm(batches, desc="evaluation", leave=False):
         with accelerator.autocast():
-            found.append(model(batch.labels.to(accelerator.device), batch.tokens.to(accelerator.device)))
+            found.append(model(batch.labels.to(accelerator.device), batch.tokens.to(accelerator.device)).nats)
     return torch.cat(found).cpu().double().mean(0)
 
 
 def begin_folder(output_dir: Path, store: TokenStore, resume: bool, unfinished: bool) -> None:
-    """Put the store's tokenizer beside the model to be, and take away what an earlier run said of its end."""
+    """Copy the store's tokenizer beside the future model, and remove the report of an earlier run."""
     folder = output_dir / "tokenizer"
     if folder.exists() and not resume:
         shutil.rmtree(folder)  # of a run that ended before its first checkpoint, perhaps with another tokenizer

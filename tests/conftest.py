@@ -19,14 +19,14 @@ from measurement import words
 from PIL import Image
 from torch import nn
 from torchvision.models import vgg16
-from transformers import LlamaForCausalLM
 
-from common.checkpoint import folder_written_whole, save_pretrained_whole
-from common.classifier import ClassifierConfig, PictureClassifier
-from generator.config import GeneratorConfig, TokenLayout
+from common.checkpoint import folder_written_whole
+from common.classifier import PictureClassifier
+from common.config import ClassifierConfig
+from generator.config import ChannelGPTConfig
 from generator.decode import CachedDecoder
-from generator.engine import Engine
-from generator.model import build_generator, save_generator
+from generator.engine import Batch, Engine
+from generator.model import ChannelGPT
 from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer, TokenizerConfig
 
@@ -47,7 +47,7 @@ CLASS_NAMES = [
 FORK_SERVER = """
 import json, os, runpy, signal, sys, traceback
 import accelerate, torchvision, torch_fidelity
-import generator.quality, generator.session, generator.speed, generator.training, tokenizer.extraction
+import generator.quality.sweep, generator.session, generator.speed.report, generator.training, tokenizer.extraction
 
 running, ended = set(), {}
 
@@ -254,39 +254,47 @@ def tiny_tokenizer() -> ChannelTokenizer:
         return ChannelTokenizer(config).eval()
 
 
-@pytest.fixture(scope="session")
-def tiny_layout(tiny_tokenizer: ChannelTokenizer) -> TokenLayout:
-    return TokenLayout(
-        num_channels=16,
-        num_bits=6,
-        class_names=CLASS_NAMES,
-        tokenizer_fingerprint=tiny_tokenizer.token_fingerprint(),
-        has_null_label=True,
-    )
+def tiny_config(tokenizer: ChannelTokenizer, num_layers: int = 2, **changes: Any) -> ChannelGPTConfig:
+    """Of a generator with the tokens of the tiny tokenizer."""
+    fields: dict[str, Any] = {
+        "num_layers": num_layers,
+        "num_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_channels": 16,
+        "num_bits": 6,
+        "class_names": CLASS_NAMES,
+        "tokenizer_fingerprint": tokenizer.token_fingerprint(),
+        "has_null_label": True,
+    }
+    return ChannelGPTConfig(**fields | changes)
 
 
-def sharp_generator(layout: TokenLayout, num_layers: int) -> LlamaForCausalLM:
-    """A random generator whose weights are scaled up, so that its odds are far from even and hang on all it read."""
-    config = GeneratorConfig(num_layers=num_layers, num_heads=2, hidden_size=32, intermediate_size=64)
+def sharp_generator(config: ChannelGPTConfig) -> ChannelGPT:
+    """A random generator with large weights everywhere, so that its odds are far from even and depend on all inputs."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
-        model = build_generator(config, layout).eval()
+        model = ChannelGPT(config).eval()
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(50 if "embed" in name else 20 if "head" in name else 10)
-            else:
+            if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name == "prior.weight":
+                parameter.normal_(std=0.15)
+            elif "prior" in name:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(std=1.0 if "vectors" in name else 0.2)
     return model
 
 
 @pytest.fixture(scope="session")
-def tiny_generator(tiny_layout: TokenLayout) -> LlamaForCausalLM:
-    return sharp_generator(tiny_layout, num_layers=2)
+def tiny_generator(tiny_tokenizer: ChannelTokenizer) -> ChannelGPT:
+    return sharp_generator(tiny_config(tiny_tokenizer))
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> CachedDecoder:
-    return CachedDecoder.from_llama(tiny_generator, tiny_layout)
+def tiny_decoder(tiny_generator: ChannelGPT) -> CachedDecoder:
+    return CachedDecoder.from_model(tiny_generator)
 
 
 @pytest.fixture(scope="session")
@@ -294,29 +302,49 @@ def tiny_engine(tiny_decoder: CachedDecoder) -> Engine:
     return Engine(tiny_decoder)
 
 
+@pytest.fixture
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], list[tuple[int, int, bool]]]:
+    """A function that notes (rows, position, whether odds are computed) of every later step of an engine."""
+
+    def watch(engine: Engine) -> list[tuple[int, int, bool]]:
+        steps: list[tuple[int, int, bool]] = []
+        blocks, odds = engine._blocks, engine._odds
+
+        def noted_blocks(batch: Batch, length: int) -> torch.Tensor:
+            steps.append((batch.cache.entries.shape[2], int(batch.position), False))
+            return blocks(batch, length)
+
+        def noted_odds(batch: Batch, hidden: torch.Tensor, guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            steps[-1] = (*steps[-1][:2], True)
+            return odds(batch, hidden, guided)
+
+        monkeypatch.setattr(engine, "_blocks", noted_blocks)
+        monkeypatch.setattr(engine, "_odds", noted_odds)
+        return steps
+
+    return watch
+
+
+def save_pipeline(folder: Path, tokenizer: ChannelTokenizer, generator: ChannelGPT) -> Path:
+    """Write a model folder, tokenizer/ and generator/."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    generator.save_pretrained(folder / "generator")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_tokenizer: ChannelTokenizer,
-    tiny_generator: LlamaForCausalLM,
-    tiny_layout: TokenLayout,
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer, tiny_generator: ChannelGPT
 ) -> Path:
-    """A model folder, tokenizer/ and generator/. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("model")
-    save_pretrained_whole(tiny_tokenizer, folder / "tokenizer")
-    save_generator(tiny_generator, tiny_layout, folder / "generator")
-    return folder
+    """A model folder. Tests that change it work on a copy."""
+    return save_pipeline(tmp_path_factory.mktemp("model"), tiny_tokenizer, tiny_generator)
 
 
 @pytest.fixture(scope="session")
-def slow_pipeline_folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer, tiny_layout: TokenLayout
-) -> Path:
+def slow_pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer) -> Path:
     """As `pipeline_folder`, with so many layers that an image takes a while."""
-    folder = tmp_path_factory.mktemp("slow-model")
-    save_pretrained_whole(tiny_tokenizer, folder / "tokenizer")
-    save_generator(sharp_generator(tiny_layout, num_layers=40), tiny_layout, folder / "generator")
-    return folder
+    model = sharp_generator(tiny_config(tiny_tokenizer, num_layers=40))
+    return save_pipeline(tmp_path_factory.mktemp("slow-model"), tiny_tokenizer, model)
 
 
 @pytest.fixture(scope="session")
@@ -350,17 +378,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def token_store(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer, tiny_layout: TokenLayout
-) -> Path:
-    """A store of 64 random sequences over two shards; val holds the same ones. The first token tells them apart."""
+def token_store(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: ChannelTokenizer) -> Path:
+    """64 random sequences in two shards, the same for val; the first token is unique, its first bits give the class."""
     folder = tmp_path_factory.mktemp("store")
     rng = np.random.default_rng(3)
     tokens = torch.from_numpy(rng.integers(0, 64, (64, 1, 16)))
     tokens[:, 0, 0] = torch.arange(64)
-    labels = torch.arange(64) % 5
+    labels = torch.arange(5).repeat_interleave(torch.tensor([16, 16, 16, 8, 8]))
     header = StoreHeader(
-        tokenizer_fingerprint=tiny_layout.tokenizer_fingerprint,
+        tokenizer_fingerprint=tiny_tokenizer.token_fingerprint(),
         num_channels=16,
         num_bits=6,
         class_names=CLASS_NAMES,
@@ -371,7 +397,7 @@ def token_store(
     )
     store = TokenStore.create(folder, header)
     with folder_written_whole(store.tokenizer_folder) as temporary:
-        save_pretrained_whole(tiny_tokenizer, temporary)
+        tiny_tokenizer.save_pretrained(temporary)
     for split in ("train", "val"):
         store.write_shard(split, 0, tokens[:40], labels[:40], [])
         store.write_shard(split, 1, tokens[40:], labels[40:], [])

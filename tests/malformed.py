@@ -1,4 +1,4 @@
-"""Malformed image files: real encoded pictures of many formats, damaged in every way one meets, by a seed."""
+"""Malformed image files: encoded pictures of many formats, damaged in many ways, by a seed."""
 
 import io
 import random
@@ -45,7 +45,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG file with right checksums, whatever its header promises."""
+    """A PNG file with right checksums, for any header."""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     end = _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + end

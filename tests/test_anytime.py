@@ -1,22 +1,21 @@
-"""Stopping at any k, in all its ways: rows that stop apart, clocks, stable pictures, prefixes, forks, schedules."""
+"""Stopping at any k: images that stop separately, deadlines, stable pictures, prefixes, forks, guidance schedules."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import sampling as oracle
-from transformers import LlamaForCausalLM
 
 from common.errors import InputError
-from generator.config import TokenLayout
+from generator.config import SamplingConfig
 from generator.decode import CachedDecoder
-from generator.engine import Batch, Engine
+from generator.engine import Engine
 from generator.generate import Step, stream
-from generator.sampling import SamplingConfig
+from generator.model import ChannelGPT
 from generator.stopping import Deadline, WhenStable
 
 C, CODES = 16, 64
@@ -24,13 +23,15 @@ LABELS, SEEDS = [0, 4, 2, 5, 2, 1, 3], [10, 11, 0, 2**62, 11, 5, 6]  # 5 is the 
 PLAIN = SamplingConfig()
 SAMPLINGS = [
     PLAIN,
-    SamplingConfig(temperature=0),
+    SamplingConfig(temperature=0, cfg_scale=3),
+    SamplingConfig(temperature=1.3, top_k=30, top_p=0.95),
     SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, cfg_scale=1.7),
     SamplingConfig(cfg_scale=2.5, cfg_schedule="linear"),
     SamplingConfig(cfg_scale=0.5, cfg_schedule="cosine", top_k=30),
     SamplingConfig(cfg_scale=3, cfg_schedule="interval", cfg_start=0.2, cfg_end=0.6),
 ]
 MANY = settings(max_examples=40, deadline=None, derandomize=True)
+Steps = list[tuple[int, int, bool]]
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
@@ -39,17 +40,21 @@ def engine(request: pytest.FixtureRequest, tiny_decoder: CachedDecoder) -> Engin
 
 
 @pytest.fixture
-def fed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
-    """(rows, position, whether with the head) of every forward from now on."""
-    calls: list[tuple[int, int, bool]] = []
-    real = engine._forward
+def steps(engine: Engine, watch_steps: Callable[[Engine], Steps]) -> Steps:
+    """(rows, position, whether odds are computed) of every step from now on."""
+    return watch_steps(engine)
 
-    def forward(batch: Batch, length: int, *, with_logits: bool) -> torch.Tensor:
-        calls.append((batch.cache.entries.shape[2], int(batch.position), with_logits))
-        return real(batch, length, with_logits=with_logits)
 
-    monkeypatch.setattr(engine, "_forward", forward)
-    return calls
+@pytest.fixture(scope="module")
+def uncached(tiny_generator: ChannelGPT) -> Callable[[SamplingConfig], list[list[int]]]:
+    """What the plain sampler without a cache draws of `LABELS` and `SEEDS`."""
+
+    @cache
+    def drawn(sampling: SamplingConfig) -> list[list[int]]:
+        images = zip(LABELS, SEEDS, strict=True)
+        return [oracle.draw_one(tiny_generator, label, seed, C, **vars(sampling)) for label, seed in images]
+
+    return drawn
 
 
 def whole(engine: Engine, sampling: SamplingConfig, images: Sequence[int] = range(7)) -> list[list[int]]:
@@ -59,73 +64,39 @@ def whole(engine: Engine, sampling: SamplingConfig, images: Sequence[int] = rang
 
 
 def assert_begins(step: Step, expected: list[list[int]]) -> None:
-    """Every image holds the first lengths[i] tokens of its unbroken run, and zeros."""
-    for row, length, unbroken in zip(step.tokens.tolist(), step.lengths, expected, strict=True):
-        assert row == unbroken[:length] + [0] * (len(row) - length)
+    """Every image has the first lengths[i] tokens of its uninterrupted run, then zeros."""
+    for row, length, uninterrupted in zip(step.tokens.tolist(), step.lengths, expected, strict=True):
+        assert row == uninterrupted[:length] + [0] * (len(row) - length)
 
 
-# ------------------------------------------------------------------------------------- schedules
+# ------------------------------------------------------------------------------------- cached = uncached (law 5)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_every_schedule_equals_the_uncached_sampler(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, engine: Engine, sampling: SamplingConfig
+def test_stream_equals_the_uncached_sampler(
+    uncached: Callable[[SamplingConfig], list[list[int]]], engine: Engine, sampling: SamplingConfig
 ) -> None:
-    expected = [
-        oracle.draw_one(tiny_generator, tiny_layout, label, seed, C, **vars(sampling))
-        for label, seed in zip(LABELS, SEEDS, strict=True)
-    ]
-    assert whole(engine, sampling) == expected
+    assert whole(engine, sampling) == uncached(sampling)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "interval"])
-def test_scales_are_their_formulas(schedule: str) -> None:
-    config = SamplingConfig(cfg_scale=3.0, cfg_schedule=schedule)
-    expected = [oracle.scale_at(j / 256, 3.0, schedule, 0.0, 1.0) for j in range(256)]
-    np.testing.assert_allclose(config.scales(256).numpy(), expected, rtol=1e-6)
-
-
-def test_the_unconditional_half_is_dropped_when_it_has_had_its_say(
-    engine: Engine, fed: list[tuple[int, int, bool]]
-) -> None:
+def test_rows_without_class_are_dropped_after_the_last_guided_position(engine: Engine, steps: Steps) -> None:
     sampling = SamplingConfig(cfg_scale=2, cfg_schedule="interval", cfg_start=0.25, cfg_end=0.5)
-    list(stream(engine, LABELS[:4], SEEDS[:4], C, sampling))
-    assert [rows for rows, _, _ in fed] == [8] * 8 + [4] * 8
-    fed.clear()
-    # a k inside the interval changes nothing but the end
-    list(stream(engine, LABELS[:4], SEEDS[:4], 6, sampling))
-    assert [rows for rows, _, _ in fed] == [8] * 6
-    fed.clear()
-    # one that ends before guidance begins never needs the other half
-    list(stream(engine, LABELS[:4], SEEDS[:4], 4, sampling))
-    assert [rows for rows, _, _ in fed] == [4] * 4
+    # a k inside the interval only changes the end; one below it never needs rows without class
+    for k, rows in ((C, [8] * 8 + [4] * 8), (6, [8] * 6), (4, [4] * 4)):
+        steps.clear()
+        list(stream(engine, LABELS[:4], SEEDS[:4], k, sampling))
+        assert [found for found, _, _ in steps] == rows
 
 
-@pytest.mark.parametrize(
-    ("settings_", "named"),
-    [
-        ({"cfg_schedule": "square"}, "square"),
-        ({"cfg_schedule": "interval", "cfg_start": 0.5, "cfg_end": 0.5}, "cfg_start"),
-        ({"cfg_schedule": "interval", "cfg_start": -0.1}, "cfg_start"),
-        ({"cfg_schedule": "interval", "cfg_end": 1.1}, "cfg_end"),
-        ({"cfg_schedule": "interval", "cfg_end": float("nan")}, "cfg_end"),
-        ({"cfg_schedule": "linear", "cfg_end": 0.5}, "interval"),
-    ],
-)
-def test_bad_schedules_are_refused(settings_: dict[str, object], named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        SamplingConfig(cfg_scale=2, **settings_)
-
-
-# ------------------------------------------------------------------------------------- rows stop apart
+# ------------------------------------------------------------------------------------- images stop separately
 
 
 @MANY
 @given(data=st.data(), sampling=st.sampled_from(SAMPLINGS), count=st.integers(1, 7))
-def test_rows_stop_apart_and_the_others_do_not_notice(
+def test_images_stop_separately_and_do_not_change_each_other(
     engine: Engine, data: st.DataObject, sampling: SamplingConfig, count: int
 ) -> None:
-    """Laws 3, 4 and 6 for any ends, stops, prefixes and guidance: every image is the start of its unbroken run."""
+    """Laws 3, 4 and 6 for any ends, stops, prefixes and guidance: an image is the start of its uninterrupted run."""
     expected = whole(engine, sampling)[:count]
     ends = data.draw(st.lists(st.integers(2, C), min_size=count, max_size=count), label="num_tokens")
     begun = data.draw(st.none() | st.lists(st.integers(1, C - 1), min_size=count, max_size=count), label="prefix")
@@ -134,12 +105,12 @@ def test_rows_stop_apart_and_the_others_do_not_notice(
     if begun is not None:
         lengths = [min(length, end - 1) for length, end in zip(begun, ends, strict=True)]
         prefix = torch.tensor(expected)
-    steps = stream(engine, LABELS[:count], SEEDS[:count], ends, sampling, prefix, lengths)
+    running = stream(engine, LABELS[:count], SEEDS[:count], ends, sampling, prefix, lengths)
     reached = list(ends)
     stopped: set[int] = set()
     lengths = lengths or [0] * count
     first = min(lengths)
-    for number, step in enumerate(steps, start=first + 1):
+    for number, step in enumerate(running, start=first + 1):
         assert step.num_tokens == number
         assert step.lengths == tuple(max(begun, min(end, number)) for begun, end in zip(lengths, reached, strict=True))
         assert set(step.drawing) == {image for image in range(count) if number < reached[image]} - stopped
@@ -149,92 +120,72 @@ def test_rows_stop_apart_and_the_others_do_not_notice(
         for image in stopped:
             reached[image] = max(min(reached[image], number), lengths[image])
         if stopped | {image for image in range(count) if reached[image] <= number} == set(range(count)):
-            assert next(steps, None) is None
+            assert next(running, None) is None
             break
 
 
-def test_finished_rows_leave_the_batch(engine: Engine, fed: list[tuple[int, int, bool]]) -> None:
+def test_finished_images_leave_the_batch(engine: Engine, steps: Steps) -> None:
     list(stream(engine, LABELS, SEEDS, [3, 16, 16, 7, 7, 3, 3], PLAIN))
     sizes = [7] * 3 + [4] * 4 + [2] * 9
-    assert [rows for rows, _, _ in fed] == [engine.slots(size) for size in sizes]
+    assert [rows for rows, _, _ in steps] == [engine.slots(size) for size in sizes]
 
 
-def test_keep_is_to_stop_all_others(engine: Engine, fed: list[tuple[int, int, bool]]) -> None:
+def test_keep_stops_all_other_images(engine: Engine, steps: Steps) -> None:
     expected = whole(engine, PLAIN)
-    fed.clear()
+    steps.clear()
     for step in stream(engine, LABELS, SEEDS, C, PLAIN):
         if step.num_tokens == 4:
             step.keep([5, 1])
     assert step.lengths == (4, 16, 4, 4, 4, 16, 4)
     assert_begins(step, expected)
-    assert [rows for rows, _, _ in fed] == [engine.slots(7)] * 4 + [2] * 12
+    assert [rows for rows, _, _ in steps] == [engine.slots(7)] * 4 + [2] * 12
 
 
-def test_a_step_keeps_showing_what_it_showed(engine: Engine) -> None:
-    steps = []
+def test_a_step_does_not_change_later(engine: Engine) -> None:
+    seen = []
     for step in stream(engine, LABELS, SEEDS, C, PLAIN, scored=True):
-        steps.append((step, step.tokens.tolist(), step.log_likelihood.tolist()))
+        seen.append((step, step.tokens.tolist(), step.log_likelihood.tolist()))
         step.stop([step.num_tokens % 7])
-    for step, tokens, scores in steps:
+    for step, tokens, scores in seen:
         assert step.tokens.tolist() == tokens
         assert step.log_likelihood.tolist() == scores
 
 
 @pytest.mark.parametrize("verb", ["stop", "keep"])
 @pytest.mark.parametrize("image", [-1, 7])
-def test_stopping_what_is_not_there_is_refused(engine: Engine, verb: str, image: int) -> None:
+def test_images_that_do_not_exist_are_refused(engine: Engine, verb: str, image: int) -> None:
     step = next(stream(engine, LABELS, SEEDS, C, PLAIN))
     with pytest.raises(InputError, match=str(image)):
         getattr(step, verb)([0, image])
 
 
-# ------------------------------------------------------------------------------------- prefixes and forks
+# ------------------------------------------------------------------------------------- prefixes and likelihood
 
 
-def test_a_shared_prefix_is_read_once_and_forked(engine: Engine, fed: list[tuple[int, int, bool]]) -> None:
+def test_a_shared_prefix_is_read_once_and_forked(engine: Engine, steps: Steps) -> None:
     prefix = torch.randint(0, CODES, (1, 5), generator=torch.Generator().manual_seed(0)).expand(6, -1)
     labels, seeds = [2, 2, 0, 2, 2, 0], [1, 2, 3, 4, 5, 6]
     sampling = SamplingConfig(cfg_scale=2)
     *_, last = stream(engine, labels, seeds, C, sampling, prefix)
-    assert fed[:5] == [(4, p, False) for p in range(5)]  # two classes, each with its unconditional half
-    assert fed[5:] == [(2 * engine.slots(6), p, True) for p in range(5, C)]
+    assert steps[:5] == [(4, p, False) for p in range(5)]  # two classes, each also without class
+    assert steps[5:] == [(2 * engine.slots(6), p, True) for p in range(5, C)]
+    assert torch.equal(last.tokens[:, :5], prefix)
     assert len({tuple(row) for row in last.tokens.tolist()}) == 6
     for image in range(6):
         *_, alone = stream(engine, [labels[image]], [seeds[image]], C, sampling, prefix[:1])
         assert alone.tokens[0].tolist() == last.tokens[image].tolist()
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"num_tokens": [4]}, "num_tokens"),
-        ({"num_tokens": [4, 0]}, "num_tokens"),
-        ({"num_tokens": [4, 17]}, "17"),
-        ({"prefix": torch.zeros(2, 3, dtype=torch.long), "prefix_lengths": [3]}, "prefix"),
-        ({"prefix": torch.zeros(2, 3, dtype=torch.long), "prefix_lengths": [3, 4]}, "prefix"),
-        ({"prefix": torch.zeros(2, 3, dtype=torch.long), "prefix_lengths": [0, 3]}, "prefix"),
-        ({"prefix": torch.zeros(2, 5, dtype=torch.long), "num_tokens": [5, 6]}, "prefix"),
-    ],
-)
-def test_bad_lengths_are_refused_at_the_call(engine: Engine, change: dict[str, object], named: str) -> None:
-    arguments = {"class_labels": [0, 1], "seeds": [0, 1], "num_tokens": C, "sampling": PLAIN} | change
-    with pytest.raises(InputError, match=named):
-        stream(engine, **arguments)
-
-
-# ------------------------------------------------------------------------------------- likelihood
-
-
-@pytest.mark.parametrize("sampling", [PLAIN, SAMPLINGS[2]], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampling", [PLAIN, SAMPLINGS[3]], ids=["plain", "guided"])
 def test_log_likelihood_is_that_of_the_conditional_model(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, engine: Engine, sampling: SamplingConfig
+    tiny_generator: ChannelGPT, engine: Engine, sampling: SamplingConfig
 ) -> None:
     expected = whole(engine, sampling)
     for prefix in (None, torch.tensor(expected)[:, :6]):
         for step in stream(engine, LABELS, SEEDS, [9, *[C] * 6], sampling, prefix, scored=True):
             found = step.log_likelihood.tolist()
             for image, length in enumerate(step.lengths):
-                wanted = oracle.log_likelihood(tiny_generator, tiny_layout, LABELS[image], expected[image][:length])
+                wanted = oracle.log_likelihood(tiny_generator, LABELS[image], expected[image][:length])
                 assert found[image] == pytest.approx(wanted, rel=1e-4)
     assert next(stream(engine, [0], [0], C, PLAIN)).log_likelihood is None
 
@@ -243,7 +194,7 @@ def test_log_likelihood_is_that_of_the_conditional_model(
 
 
 class FakeClock:
-    """A clock that goes on by what `costs` says each time a step is over."""
+    """A clock that is set by the test."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -255,20 +206,20 @@ class FakeClock:
 @pytest.mark.parametrize(
     ("seconds", "decode", "costs", "k"),
     [
-        (1.0, 0.25, [0.125] * 16, 6),  # 6 steps end at 0.75, and the pictures are ready at 1.0 sharp
+        (1.0, 0.25, [0.125] * 16, 6),  # 6 steps end at 0.75, and the pictures are ready at exactly 1.0
         (1.0, 0.26, [0.125] * 16, 5),
         (1.0, 0.0, [0.125] * 16, 8),
         (100.0, 5.0, [0.125] * 16, 16),
-        (0.01, 5.0, [0.125] * 16, 1),  # too short for anything: one token is drawn all the same
-        (1.0, 0.0, [0.25, *[0.125] * 15], 6),  # a slow step is expected to come again
+        (0.01, 5.0, [0.125] * 16, 1),  # too short for anything: one token is drawn nevertheless
+        (1.0, 0.0, [0.25, *[0.125] * 15], 6),  # a slow step is expected to occur again
     ],
 )
-def test_deadline_stops_where_one_more_token_would_be_late(
-    engine: Engine, seconds: float, decode: float, costs: list[float], k: int
+def test_deadline_stops_before_the_token_that_would_be_late(
+    tiny_engine: Engine, seconds: float, decode: float, costs: list[float], k: int
 ) -> None:
     clock = FakeClock()
     rule = Deadline(seconds, decode, lambda: None, clock)
-    for step in stream(engine, LABELS, SEEDS, C, PLAIN):
+    for step in stream(tiny_engine, LABELS, SEEDS, C, PLAIN):
         clock.now += costs[step.num_tokens - 1]
         step.stop(rule(step))
     assert step.num_tokens == k
@@ -276,14 +227,14 @@ def test_deadline_stops_where_one_more_token_would_be_late(
 
 @pytest.mark.parametrize(("channels", "stride"), [(C, 1), (64, 4)])
 def test_stable_pictures_stop(engine: Engine, channels: int, stride: int) -> None:
-    """Token j changes a picture by 64 >> j grey levels, but image 1 by nothing at all."""
-    asked = []
+    """Token j changes a picture by 64 >> j grey levels, except that of image 1, which is constant."""
+    decoded = []
 
     def level(k: int) -> int:
         return sum(64 >> j for j in range(k))
 
     def decode(tokens: torch.Tensor) -> torch.Tensor:
-        asked.append(tuple(tokens.shape))
+        decoded.append(tuple(tokens.shape))
         pictures = torch.full((len(tokens), 3, 2, 2), level(tokens.shape[1]), dtype=torch.uint8)
         pictures[tokens[:, 0] == marked] = 7
         return pictures
@@ -297,8 +248,8 @@ def test_stable_pictures_stop(engine: Engine, channels: int, stride: int) -> Non
     end = next(k for k in checks if level(k) - level(k - stride) < 1.5)
     assert step.lengths == tuple(2 * stride if expected[i][0] == marked else end for i in range(7))
     assert_begins(step, expected)
-    assert asked[0] == (7, stride)
-    assert asked[-1][0] < 7  # finished images are not decoded any more
+    assert decoded[0] == (7, stride)
+    assert decoded[-1][0] < 7  # finished images are no longer decoded
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

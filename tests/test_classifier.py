@@ -1,4 +1,4 @@
-"""common/classifier.py: its file, what it says of a picture, and settings that are refused."""
+"""common/classifier.py: its file, features and logits of pictures, and settings that are refused."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from torch.nn import functional as F
 import benchmark
 from common import cli
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
-from common.classifier import KIND, ClassifierConfig, PictureClassifier
+from common.classifier import KIND, PictureClassifier
+from common.config import ClassifierConfig
 from common.errors import InputError
 from common.fid import FeatureExtractor
 from common.images import to_float
-from tokenizer.classifier import ClassifierTrainingConfig
+from tokenizer.settings import ClassifierTrainingConfig
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = ["hen, a bird", "poêle", "tench"]
@@ -104,7 +105,7 @@ def remove(path: Path) -> None:
 
 
 def other_bytes(path: Path) -> None:
-    path.write_bytes(b"\x80\x04 a pickle, or whatever else\n" * 20)
+    path.write_bytes(b"\x80\x04 a pickle, or another format\n" * 20)
 
 
 def without_header(path: Path) -> None:
@@ -193,10 +194,10 @@ def test_maps_halve_from_block_to_block_and_features_are_means_of_the_last(model
     assert (features[0] - features[1]).abs().max() > 0.01
 
 
-def test_a_picture_s_features_do_not_hang_on_its_neighbours(written: Path) -> None:
+def test_the_features_of_a_picture_do_not_depend_on_the_batch(written: Path) -> None:
     extract = FeatureExtractor(classifier=written)
     images = noise(9, 20, 24)
-    images[3] = 255  # a neighbour that would move any mean over the batch
+    images[3] = 255  # would change any mean over the batch
     features, logits = extract.see(images)
     for i in range(9):
         alone = extract.see(images[i : i + 1])
@@ -228,7 +229,7 @@ def test_a_network_that_cannot_be_built_is_refused(settings: dict[str, Any], nam
 
 
 @pytest.mark.parametrize("widths", [[8], [8, 8, 8, 8], [16, 8]])
-def test_the_smallest_pictures_that_are_allowed_can_be_told_apart(widths: list[int]) -> None:
+def test_the_smallest_pictures_allowed_have_different_features(widths: list[int]) -> None:
     model = random_classifier(ClassifierConfig(classifier_size=2 ** (len(widths) + 1), widths=widths))
     images = model.prepare(noise(2, 30, 30))
     assert model.maps(images[:1])[-1].shape[2:] == (2, 2)

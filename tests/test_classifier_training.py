@@ -25,16 +25,16 @@ FLAGS = [
     *("--learning-rate", 0.01, "--ema-decay", 0.8, "--evaluate-every", 15, "--checkpoint-every", 10),
     *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3),
 ]
-# the process ends itself as `kill -9` would, some steps after its first checkpoint
+# SIGKILL some steps after the first checkpoint
 KILL_IN_STEP = """
 import os, signal
 from common import training
 step = training.Loop._step
-def dying(self, *arguments):
+def killed(self, *arguments):
     if self.step == 17:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-training.Loop._step = dying
+training.Loop._step = killed
 """
 
 
@@ -76,12 +76,12 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_colours_are_told_apart(unbroken: Path) -> None:
+def test_two_colours_are_distinguished(unbroken: Path) -> None:
     assert {path.name for path in unbroken.iterdir()} == {"features.safetensors", "checkpoints", "log.jsonl"}
     evaluations = {entry["step"]: entry["evaluation"] for entry in log(unbroken) if "evaluation" in entry}
     assert evaluations.keys() == {15, 30}
     assert evaluations[30]["accuracy"] == 1
-    assert evaluations[30]["nats"] < 0.3  # 0.69 is what guesses have
+    assert evaluations[30]["nats"] < 0.3  # 0.69 is that of guesses
     losses = [entry for entry in log(unbroken) if "loss" in entry]
     assert losses[-1]["accuracy"] == 1
     # labels of 0.95 and 0.05: the default smoothing leaves no less than their entropy, and it is part of the loss
@@ -126,7 +126,7 @@ def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(train: Run, 
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
-def test_other_settings_are_refused_on_a_resume(train: Run, unbroken: Path) -> None:
+def test_other_settings_are_refused_when_resuming(train: Run, unbroken: Path) -> None:
     before = (unbroken / "features.safetensors").read_bytes()
     for flag, value, named in (("--widths", 8, "model.widths"), ("--label-smoothing", 0, "label_smoothing")):
         done = train(unbroken, "--resume", flag, value)

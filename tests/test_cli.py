@@ -6,8 +6,7 @@ import pytest
 
 from common import cli
 from common.errors import InputError
-from tokenizer import TokenizerConfig
-from tokenizer.losses import TokenizerLossConfig
+from tokenizer.settings import TokenizerLossConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +50,20 @@ def config(tmp_path):
     return write
 
 
-def test_defaults_are_those_of_the_dataclass():
-    assert cli.parse(Run, argv=[]) == (Run(),)
-
-
 def test_flags_of_several_dataclasses_with_dashes_or_underscores():
+    assert cli.parse(Run, argv=[]) == (Run(),)
     argv = ["--data-dir", "d", "--output_dir=o", "--steps", "3", "--sizes", "4", "5", "6", "--fast", "--limit", "7"]
     run, needed = cli.parse(Run, Needed, argv=argv)
     assert run == Run(output_dir="o", steps=3, sizes=[4, 5, 6], fast=True, limit=7)
     assert needed == Needed(data_dir="d")
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False)])
-def test_switches_take_a_value_too(word, value):
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False), ("YES", True), ("0", False)])
+def test_switches_accept_a_value(word, value):
     assert cli.parse(Run, argv=["--fast", word])[0].fast is value
 
 
-def test_flags_come_before_the_yaml_file_and_the_file_before_defaults(config):
+def test_flags_have_priority_over_the_yaml_file_and_the_file_over_defaults(config):
     words = config("steps: 7\nrate: 1.0e-3\nsizes: [3]\nfast: true\nlimit: 5\n")
     assert cli.parse(Run, argv=words) == (Run(steps=7, rate=1e-3, sizes=[3], fast=True, limit=5),)
     flags = ["--steps", "9", "--sizes", "8", "9", "--fast", "false"]
@@ -76,22 +72,19 @@ def test_flags_come_before_the_yaml_file_and_the_file_before_defaults(config):
     assert cli.parse(Run, argv=words + flags) == expected
 
 
-def test_a_yaml_file_may_give_what_has_no_default_and_leave_keys_empty(config):
-    run, needed = cli.parse(Run, Needed, argv=config("data_dir: somewhere\nsteps:\n"))
-    assert needed.data_dir == "somewhere"
-    assert run.steps == 10
-
-
-def test_an_empty_list_in_a_yaml_file_is_an_empty_list(config):
-    assert cli.parse(Run, argv=config("sizes: []\n"))[0].sizes == []
-
-
-def test_a_text_in_a_yaml_file_may_begin_with_a_dash(config):
-    assert cli.parse(Run, argv=config("output_dir: -old-\nrate: -0.5\n"))[0] == Run(output_dir="-old-", rate=-0.5)
-
-
-def test_an_empty_yaml_file_changes_nothing(config):
-    assert cli.parse(Run, argv=config("# nothing\n")) == (Run(),)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# nothing\n", {}),
+        ("steps:\n", {}),
+        ("sizes: []\n", {"sizes": []}),
+        ("output_dir: -old-\nrate: -0.5\nmode: two\n", {"output_dir": "-old-", "rate": -0.5, "mode": "two"}),
+    ],
+)
+def test_yaml_values(config, text, expected):
+    assert cli.parse(Run, argv=config(text)) == (Run(**expected),)
+    run, needed = cli.parse(Run, Needed, argv=config(f"{text}data_dir: somewhere\n"))
+    assert (run, needed) == (Run(**expected), Needed(data_dir="somewhere"))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +103,9 @@ def test_an_unknown_flag_is_named_with_the_nearest(argv, expected):
     assert f"did you mean {expected}" in message
 
 
-def test_words_that_belong_to_no_flag_are_refused():
+def test_words_without_a_flag_are_refused(config):
     assert "'stray'" in refusal(Run, argv=["stray"])
+    assert "'5'" in refusal(Run, argv=["5", *config("sizes: [3]")])
 
 
 def test_an_unknown_key_is_named_with_the_nearest(config):
@@ -144,22 +138,16 @@ def test_a_value_of_the_wrong_type_names_flag_and_value(config, argv):
         assert argv[1] in from_file
 
 
-def test_a_list_where_one_value_belongs_names_the_key(config):
-    assert "steps" in refusal(Run, argv=config("steps: [1, 2]\n"))
-
-
-def test_what_the_dataclass_refuses_is_refused():
+def test_values_refused_by_the_dataclass_and_missing_ones_are_named(config):
     assert refusal(Run, argv=["--steps", "0"]) == "steps is 0; it must be at least 1"
-
-
-def test_a_missing_setting_is_named():
-    message = refusal(Needed, argv=[])
-    assert "data-dir" in message or "data_dir" in message
+    assert "steps is [1, 2]; it takes a single value" in refusal(Run, argv=config("steps: [1, 2]\n"))
+    assert "--data_dir" in refusal(Needed, argv=[])
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
     assert str(tmp_path / "no.yaml") in refusal(Run, argv=["--config", str(tmp_path / "no.yaml")])
     assert str(tmp_path) in refusal(Run, argv=["--config", str(tmp_path)])
+    assert "--config" in refusal(Run, argv=["--config"])
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "{", "steps", "a: b: c", "\x00"])
@@ -167,20 +155,7 @@ def test_a_file_that_is_no_yaml_of_keys_is_named(config, text):
     assert "config.yaml" in refusal(Run, argv=config(text))
 
 
-def test_a_flag_without_its_yaml_file_is_refused():
-    assert "--config" in refusal(Run, argv=["--config"])
-
-
-def test_of_a_transformers_configuration_only_its_own_fields_are_flags():
-    argv = ["--image-size", "32", "--encoder-widths", "32", "32", "--decoder-widths", "32", "--patch-size", "2"]
-    run, model = cli.parse(Run, TokenizerConfig, argv=argv)
-    assert run == Run()
-    assert (model.image_size, model.encoder_widths, model.patch_size) == (32, [32, 32], 2)
-    assert "unknown argument '--dtype'" in refusal(Run, TokenizerConfig, argv=[*argv, "--dtype", "float32"])
-    assert "num_bits" in refusal(TokenizerConfig, argv=[*argv, "--num-bits", "17"])
-
-
-def test_of_a_class_whose_fields_may_be_left_unset_only_what_is_given_is_not_none(config):
+def test_fields_of_an_unset_class_are_none_unless_given(config):
     flags = cli.unset(TokenizerLossConfig, "default: the model's own")
     (found,) = cli.parse(flags, argv=["--l1-weight", "0.5", "--perceptual", "none"])
     given = {name: value for name, value in vars(found).items() if value is not None}
@@ -249,7 +224,7 @@ def test_help_names_the_commands_and_each_has_its_own(capsys, monkeypatch):
     assert "--data_dir" in draw
 
 
-def test_the_command_line_is_told_as_it_was_typed_without_the_programs_folder(monkeypatch):
+def test_the_command_line_is_reported_without_the_folder_of_the_program(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/little.py", "walk", "--output-dir", "a b"])
     assert cli.command_line() == "little.py walk --output-dir 'a b'"
     assert cli.parse_command(COMMANDS) == ("walk", (Run(output_dir="a b"),))
@@ -291,7 +266,7 @@ def run_script(tmp_path, scripts):
     return lambda *arguments: scripts(tmp_path / "little.py", *arguments)
 
 
-def test_a_good_run_ends_with_0_and_says_nothing(run_script):
+def test_a_run_without_errors_ends_with_0_and_prints_nothing(run_script):
     done = run_script()
     assert (done.code, done.out, done.err) == (0, "done", "")
 
@@ -305,7 +280,7 @@ def test_a_good_run_ends_with_0_and_says_nothing(run_script):
         (["--do", "full"], "No space left on device while writing /some/file"),
     ],
 )
-def test_a_users_mistake_ends_with_2_and_one_line(run_script, arguments, line):
+def test_a_mistake_of_the_user_ends_with_2_and_one_line(run_script, arguments, line):
     done = run_script(*arguments)
     assert done.code == 2
     assert done.err.startswith(f"little.py: error: {line}")
@@ -325,16 +300,20 @@ def test_an_interrupt_ends_with_130_and_no_traceback(run_script):
     assert (done.code, done.err) == (130, "")
 
 
-@pytest.mark.parametrize("argv", [["--check", "store"], ["--check=store"]])
-def test_a_flag_that_stands_alone(argv):
-    assert cli.parse_alone("check", argv) == "store"
-
-
 @pytest.mark.parametrize(
-    "argv", [[], ["--checks", "a"], ["--other", "check"], ["--check", "a", "--help"], ["-h", "--check"]]
+    ("argv", "value"),
+    [
+        (["--check", "store"], "store"),
+        (["--check=store"], "store"),
+        ([], None),
+        (["--checks", "a"], None),
+        (["--other", "check"], None),
+        (["--check", "a", "--help"], None),
+        (["-h", "--check"], None),
+    ],
 )
-def test_a_flag_that_is_not_given_stands_for_nothing(argv):
-    assert cli.parse_alone("check", argv) is None
+def test_an_exclusive_flag(argv, value):
+    assert cli.parse_alone("check", argv) == value
 
 
 @pytest.mark.parametrize(
@@ -350,7 +329,7 @@ def test_a_flag_that_is_not_given_stands_for_nothing(argv):
         (["--check", "a", "--check", "b"], "--check a --check b"),
     ],
 )
-def test_a_flag_that_stands_alone_bears_no_company(argv, match):
+def test_an_exclusive_flag_with_other_flags_or_without_its_value_is_refused(argv, match):
     with pytest.raises(InputError, match=match) as caught:
         cli.parse_alone("check", argv)
     assert "\n" not in str(caught.value)

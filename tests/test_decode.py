@@ -1,44 +1,47 @@
-"""The cached step against transformers' own forward."""
+"""The cached step against the model's own forward, and the model's blocks against those of transformers."""
 
 import copy
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+import torch.nn.functional as F
+from conftest import sharp_generator, tiny_config
+from oracles.sampling import bits_of, code_log_probabilities
 
-from common.errors import InputError
-from generator.config import GeneratorConfig, TokenLayout, llama_config
 from generator.decode import CachedDecoder
-from generator.engine import Engine
+from generator.engine import Batch, Engine
+from generator.model import ChannelGPT, rotary_tables
+from generator.sampling import code_log_probabilities as product_log_probabilities
+from generator.speed.samplers import same_trunk
+from tokenizer import ChannelTokenizer
 
-C, CODES = 16, 64
+C, BITS, CODES = 16, 6, 64
 
 
-def random_rows(batch_size: int) -> torch.Tensor:
-    """A class row and C - 1 tokens for each sequence."""
+def random_images(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A class and C tokens for each image."""
     rng = torch.Generator().manual_seed(batch_size)
-    labels = CODES + torch.randint(0, 6, (batch_size, 1), generator=rng)
-    return torch.cat([labels, torch.randint(0, CODES, (batch_size, C - 1), generator=rng)], dim=1)
+    labels = torch.randint(0, 6, (batch_size,), generator=rng)
+    return labels, torch.randint(0, CODES, (batch_size, C), generator=rng)
 
 
-def stepped(engine: Engine, rows: torch.Tensor, length: int = C) -> torch.Tensor:
-    """Logits after each of the rows (b t v), fed one by one."""
-    batch = engine.begin(
-        rows[:, 0] - CODES,
-        torch.zeros(len(rows), length, dtype=torch.long),
-        torch.zeros(len(rows), dtype=torch.long),
-        torch.zeros(len(rows), length),
-        torch.ones(C),
-        guided=False,
-    )
-    batch.sequences[: len(rows), : rows.shape[1]] = rows
-    logits = []
-    for _ in range(rows.shape[1]):
+def started(engine: Engine, labels: torch.Tensor, tokens: torch.Tensor) -> Batch:
+    """A batch that is given all tokens."""
+    count, length = tokens.shape
+    return engine.begin(labels, tokens, torch.full((count,), length), torch.zeros(count, length), torch.ones(C), False)
+
+
+def stepped(engine: Engine, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of all codes at each position (b k v), one position fed at a time."""
+    batch = started(engine, labels, tokens)
+    found = []
+    for _ in range(tokens.shape[1]):
         with torch.no_grad():
-            logits.append(engine._forward(batch, engine._length(batch), with_logits=True)[: len(rows)])
+            hidden = engine._blocks(batch, engine._length(batch))
+            found.append(product_log_probabilities(*engine._odds(batch, hidden, False))[: len(labels)])
         batch.position.add_(1)
         batch.next_position += 1
-    return torch.stack(logits, dim=1)
+    return torch.stack(found, dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,95 +55,106 @@ def engine(request: pytest.FixtureRequest, tiny_engine: Engine, compiled_engine:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
-def test_step_is_transformers_forward_at_every_position(
-    tiny_generator: LlamaForCausalLM, engine: Engine, batch_size: int
+def test_step_gives_the_probabilities_of_the_models_forward(
+    tiny_generator: ChannelGPT, engine: Engine, batch_size: int
 ) -> None:
-    rows = random_rows(batch_size)
-    found = stepped(engine, rows)
-    assert found.shape == (batch_size, C, CODES)
-    assert found.dtype == torch.float32
+    labels, tokens = random_images(batch_size)
+    found = stepped(engine, labels, tokens)
+    bits = torch.tensor([[bits_of(token, BITS) for token in row] for row in tokens.tolist()])
     with torch.no_grad():
-        expected = tiny_generator(input_ids=rows, use_cache=False).logits[..., :CODES]
-    assert expected.std() > 1  # a flat head would make the comparison worthless
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        expected = F.logsigmoid(bits * tiny_generator(labels, bits)).sum(-1)
+    assert expected.std() > 1  # even odds would make the comparison worthless
+    torch.testing.assert_close(found.gather(2, tokens[..., None])[..., 0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(batch_size, C))
+    for image, position in ((0, 0), (batch_size - 1, 7), (0, C - 1)):
+        every_code = code_log_probabilities(tiny_generator, int(labels[image]), tokens[image, :position].tolist())
+        torch.testing.assert_close(found[image, position], every_code[0], rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_rows_do_not_know_their_neighbours_bit_for_bit(compiled_engine: Engine) -> None:
-    """Alone, among 3, 8 and 11 (walked as 8 and 3, rounded up): the sums of a row are added in the same order."""
-    rows = random_rows(11)
-    whole = stepped(compiled_engine, rows)
+@pytest.mark.parametrize("bits", [1, 2, 7, 16])
+def test_probabilities_of_codes_are_those_of_their_bits(bits: int) -> None:
+    """By the formula, bit by bit, for some codes of each size."""
+    rng = torch.Generator().manual_seed(bits)
+    log_odds = torch.randn(2, bits, generator=rng)
+    pairs = torch.randn(2, bits, bits, generator=rng).tril(-1)
+    found = product_log_probabilities(log_odds, pairs)
+    assert found.shape == (2, 2**bits)
+    torch.testing.assert_close(found.double().exp().sum(-1), torch.ones(2).double(), rtol=1e-5, atol=0)
+    for token in torch.randint(2**bits, (20,), generator=rng).tolist():
+        code = bits_of(token, bits)
+        for row in range(2):
+            total = 0.0
+            for i in range(bits):
+                odds = log_odds[row, i] + sum(pairs[row, i, j] * code[j] for j in range(i))
+                total += float(F.logsigmoid(code[i] * odds))
+            assert abs(float(found[row, token]) - total) < 1e-4
+
+
+@torch.no_grad()
+def test_blocks_are_those_of_transformers_llama(tiny_generator: ChannelGPT) -> None:
+    llama = same_trunk(tiny_generator, ["uncached"])
+    x = torch.randn(3, C, 32, generator=torch.Generator().manual_seed(0))
+    expected = llama.model(inputs_embeds=x, use_cache=False).last_hidden_state
+    cos, sin = rotary_tables(C, 16, tiny_generator.config.rope_theta, x.device)
+    for block in tiny_generator.blocks:
+        x = block(x, cos, sin)
+    torch.testing.assert_close(tiny_generator.norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_rows_do_not_depend_on_the_others_bit_for_bit(compiled_engine: Engine) -> None:
+    """Alone, and among 3, 8 and 11 (processed as 8 and 3, rounded up): sums of a row have a fixed order."""
+    labels, tokens = random_images(11)
+    whole = stepped(compiled_engine, labels, tokens)
     for part in ([0], [10], [2, 5, 10], list(range(8)), list(range(10, -1, -1))):
-        assert torch.equal(stepped(compiled_engine, rows[part]), whole[part]), part
+        assert torch.equal(stepped(compiled_engine, labels[part], tokens[part]), whole[part]), part
 
 
-def test_logits_hang_on_the_whole_prefix(tiny_engine: Engine) -> None:
-    """The fixture is worth comparing with: any earlier row changes the last logits by a lot."""
-    rows = random_rows(1)
-    last = stepped(tiny_engine, rows)[:, -1]
-    for position in range(C):
-        changed = rows.clone()
-        first, size = (0, CODES) if position else (CODES, 6)
-        changed[0, position] = first + (changed[0, position] - first + 1) % size
-        assert (stepped(tiny_engine, changed)[:, -1] - last).abs().max() > 1e-3, position
-
-
-def test_a_longer_cache_does_not_matter(tiny_engine: Engine) -> None:
-    rows = random_rows(3)[:, :5]
-    assert torch.equal(stepped(tiny_engine, rows, length=C), stepped(tiny_engine, rows, length=5))
+def test_odds_depend_on_the_class_and_every_earlier_token(tiny_engine: Engine) -> None:
+    """The fixture is worth comparing with."""
+    labels, tokens = random_images(1)
+    last = stepped(tiny_engine, labels, tokens)[:, -1]
+    assert (stepped(tiny_engine, (labels + 1) % 6, tokens)[:, -1] - last).abs().max() > 1e-3
+    for position in range(C - 1):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % CODES
+        assert (stepped(tiny_engine, labels, changed)[:, -1] - last).abs().max() > 1e-3, position
 
 
 def test_attention_reads_the_cache_in_steps_and_never_beyond_the_mask(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, monkeypatch: pytest.MonkeyPatch
+    tiny_generator: ChannelGPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several lengths of view within one drawing give what one gives."""
-    engine = Engine(CachedDecoder.from_llama(tiny_generator, tiny_layout))
-    rows = random_rows(2)
-    whole = stepped(engine, rows)
+    engine = Engine(CachedDecoder.from_model(tiny_generator))
+    labels, tokens = random_images(2)
+    whole = stepped(engine, labels, tokens)
     monkeypatch.setattr("generator.engine.LENGTH_STEP", 3)
-    torch.testing.assert_close(stepped(engine, rows), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stepped(engine, labels, tokens), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_head_covers_the_code_rows_alone(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> None:
-    decoder = CachedDecoder.from_llama(tiny_generator, tiny_layout)
-    assert decoder.code_head.shape == (CODES, 32)
-    assert torch.equal(decoder.code_head, tiny_generator.lm_head.weight[:CODES])
+def test_a_shorter_drawing_gives_the_same_odds(tiny_engine: Engine) -> None:
+    labels, tokens = random_images(3)
+    assert torch.equal(stepped(tiny_engine, labels, tokens)[:, :5], stepped(tiny_engine, labels, tokens[:, :5]))
 
 
-def test_decoder_holds_its_own_weights(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> None:
-    rows = random_rows(2)
+def test_decoder_has_its_own_weights(tiny_generator: ChannelGPT) -> None:
+    labels, tokens = random_images(2)
     model = copy.deepcopy(tiny_generator)
-    engine = Engine(CachedDecoder.from_llama(model, tiny_layout))
-    expected = stepped(engine, rows)
+    engine = Engine(CachedDecoder.from_model(model))
+    expected = stepped(engine, labels, tokens)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(stepped(engine, rows), expected)
+    assert torch.equal(stepped(engine, labels, tokens), expected)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_bfloat16_is_as_near_to_its_own_weights_as_transformers(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, compile: bool
+def test_bfloat16_weights_change_probabilities_little(
+    tiny_tokenizer: ChannelTokenizer, tiny_generator: ChannelGPT
 ) -> None:
-    """The truth is float32 arithmetic over the rounded weights: transformers' bfloat16 is further from it than ours."""
-    model = copy.deepcopy(tiny_generator)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    rows = random_rows(3)
-    found = stepped(Engine(CachedDecoder.from_llama(model, tiny_layout), compile=compile), rows)
+    labels, tokens = random_images(2)
+    exact = stepped(Engine(CachedDecoder.from_model(tiny_generator)), labels, tokens)
+    rounded = sharp_generator(tiny_config(tiny_tokenizer)).to(torch.bfloat16)
+    engine = Engine(CachedDecoder.from_model(rounded))
+    assert engine.decoder.dtype == torch.bfloat16
+    found = stepped(engine, labels, tokens)
     assert found.dtype == torch.float32
-    with torch.no_grad():
-        theirs = model(input_ids=rows, use_cache=False).logits[..., :CODES].float()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
-        truth = model(input_ids=rows, use_cache=False).logits[..., :CODES]
-    assert (found - truth).abs().mean() < (theirs - truth).abs().mean() < 0.1 * truth.std()
-
-
-@pytest.mark.parametrize("change", [{"attention_bias": True}, {"mlp_bias": True}, {"num_key_value_heads": 1}])
-def test_other_llamas_are_refused(tiny_layout: TokenLayout, change: dict[str, object]) -> None:
-    size = GeneratorConfig(num_layers=1, num_heads=2, hidden_size=32, intermediate_size=64)
-    config = llama_config(size, tiny_layout)
-    for name, value in change.items():
-        setattr(config, name, value)
-    with pytest.raises(InputError, match="plain multi-head"):
-        CachedDecoder.from_llama(LlamaForCausalLM(config), tiny_layout)
+    assert (found.exp() - exact.exp()).abs().sum(-1).mean() < 0.1

@@ -42,7 +42,7 @@ def tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def large_maps():
-    """64 x 64 pixels without patches: its decoder has maps of 32 and 64, for which Winograd's way is taken."""
+    """64 x 64 pixels without patches: its decoder has maps of 32 and 64, for which Winograd's algorithm is used."""
     config = TokenizerConfig(
         image_size=64, num_channels=16, encoder_widths=[32] * 5, decoder_widths=[64, 96, 64], num_bits=8, num_heads=4
     )
@@ -129,7 +129,7 @@ def test_the_default_dtype_follows_the_hardware(tokenizer):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("large_maps", torch.float32), ("tokenizer", torch.bfloat16)])
-def test_the_tokenizer_is_left_alone(request, name, dtype):
+def test_the_tokenizer_is_not_changed(request, name, dtype):
     model = request.getfixturevalue(name)
     modules = [type(module) for module in model.modules()]
     state = {key: (value.clone(), value.stride()) for key, value in model.state_dict().items()}
@@ -191,7 +191,7 @@ def test_large_batches_are_decoded_in_parts(tokenizer, monkeypatch):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes"),
     ],
 )
-def test_running_out_of_memory_halves_the_parts_and_is_said_once(tokenizer, monkeypatch, caplog, error):
+def test_running_out_of_memory_halves_the_parts_and_is_reported_once(tokenizer, monkeypatch, caplog, error):
     decoder = PictureDecoder(tokenizer, dtype=torch.float32)
     sizes = []
 
@@ -209,27 +209,24 @@ def test_running_out_of_memory_halves_the_parts_and_is_said_once(tokenizer, monk
         assert sizes == [9, 4, 2, 2, 2, 2, 1]
         sizes.clear()
         assert levels(decoder(tokens), expected).max() <= 1
-    assert sizes == [2, 2, 2, 2, 1]  # it has learned what fits
+    assert sizes == [2, 2, 2, 2, 1]  # the size that fits is remembered
     assert len(caplog.records) == 1
 
 
-def test_a_machine_without_memory_for_one_picture_is_told_so(tokenizer, monkeypatch):
-    def no_memory(latents):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize(
+    ("error", "expected", "match"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), InputError, "32x32"),
+        (RuntimeError("unsupported memory format option"), RuntimeError, "memory format"),
+    ],
+)
+def test_memory_for_less_than_one_picture_and_other_errors(tokenizer, monkeypatch, error, expected, match):
+    def failing(latents):
+        raise error
 
     decoder = PictureDecoder(tokenizer, dtype=torch.float32)
-    monkeypatch.setattr(decoder, "_decode", no_memory)
-    with pytest.raises(InputError, match="32x32"):
-        decoder(random_tokens(tokenizer, 3))
-
-
-def test_other_errors_pass_through(tokenizer, monkeypatch):
-    def broken(latents):
-        raise RuntimeError("unsupported memory format option")
-
-    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
-    monkeypatch.setattr(decoder, "_decode", broken)
-    with pytest.raises(RuntimeError, match="memory format"):
+    monkeypatch.setattr(decoder, "_decode", failing)
+    with pytest.raises(expected, match=match):
         decoder(random_tokens(tokenizer, 3))
 
 
@@ -269,7 +266,7 @@ def test_winograd_is_the_convolution(monkeypatch, shape, doubling):
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-def test_winograd_is_taken_for_large_maps_only(large_maps, tokenizer):
+def test_winograd_is_used_for_large_maps_only(large_maps, tokenizer):
     def winograd_layers(model, dtype):
         layers = PictureDecoder(model, dtype=dtype)._decode.modules()
         return [layer.weight.shape[2] for layer in layers if isinstance(layer, WinogradConv2d)]
@@ -280,7 +277,7 @@ def test_winograd_is_taken_for_large_maps_only(large_maps, tokenizer):
     assert winograd_layers(tokenizer, torch.float32) == []
 
 
-def test_maps_that_winograd_cannot_tile_are_left_to_the_convolution():
+def test_maps_that_winograd_cannot_tile_use_the_convolution():
     sizes = {"image_size": 34, "latent_size": 17, "encoder_widths": [32, 32, 32], "decoder_widths": [64, 64]}
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -307,7 +304,7 @@ def test_pictures_are_decoded_beside_other_work_on_cuda(large_maps, dtype):
         busy = (busy @ busy).clamp(-1, 1)  # work of the current stream before and after each
         pending.append(decoder.start(entry))
         entry.zero_()
-        torch.zeros_like(entry).fill_(1)  # asks for memory that a careless start() would have let go
+        torch.zeros_like(entry).fill_(1)  # allocates memory that start() must not have released
         busy = (busy @ busy).clamp(-1, 1)
     for entry, reference in zip(pending, expected, strict=True):
         images = entry.images()

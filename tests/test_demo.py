@@ -1,4 +1,4 @@
-"""docs/demo/make.sh, the road from photographs to a demo model, with a stand-in for Python that only takes notes."""
+"""docs/demo/make.sh, which makes a demo model from photographs, with a substitute for Python that records its calls."""
 
 import json
 import os
@@ -19,14 +19,13 @@ import extract_tokens
 import sample
 import train_tokenizer
 from common import cli
-from generator.config import GeneratorConfig
-from generator.training import GeneratorTrainingConfig
-from tokenizer.sources import DataConfig
+from generator.config import GeneratorConfig, GeneratorTrainingConfig
+from tokenizer.settings import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
 STAGES = ["tokenizer", "tokens", "generator", "reconstruction", "fid", "sheet"]
-# notes how it was called, and leaves what the real script would; fails where it is told to
-STAND_IN = """#!{python}
+# records its arguments and writes what make.sh needs of the real script; $FAILS is the stage that fails
+SUBSTITUTE = """#!{python}
 import json, os, signal, sys, time
 from pathlib import Path
 output = Path(sys.argv[sys.argv.index("--output-dir") + 1])
@@ -55,9 +54,9 @@ Run = Callable[..., tuple[int, str, list[list[str]]]]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Run:
-    """Run it: KIND, with further environment -> exit code, stderr and the calls, each as a list of words."""
+    """Run it with a KIND and further environment: exit code, stderr and the calls, each a list of words."""
     python, photos, names = tmp_path / "python", tmp_path / "photos", tmp_path / "names.json"
-    python.write_text(STAND_IN.replace("{python}", sys.executable))
+    python.write_text(SUBSTITUTE.replace("{python}", sys.executable))
     python.chmod(0o755)
     for split in ("train", "val"):
         for label in range(100):
@@ -99,7 +98,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(make: Run, kind: str, 
             cli.parse(*KINDS[script], argv=words)
     labels = calls[-1][calls[-1].index("--class-labels") + 1 : calls[-1].index("--seed")]
     assert labels == [str(label) for label in range(0, 100, 5)]
-    # what a stage reads, an earlier one has made
+    # the input of a stage is the output of an earlier one
     made = tmp_path / "out"
     for i, call in enumerate(calls):
         for word in call[: call.index("--output-dir")]:
@@ -108,7 +107,7 @@ def test_every_stage_is_a_command_that_its_script_accepts(make: Run, kind: str, 
     assert [line.split(":")[0] for line in (made / "times.txt").read_text().splitlines()] == STAGES
 
 
-def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(make: Run, tmp_path: Path) -> None:
+def test_completed_stages_are_skipped_and_an_unfinished_one_is_resumed(make: Run, tmp_path: Path) -> None:
     code, _, calls = make("tiny", FAILS="generator")
     assert (code, stages(calls)) == (2, STAGES[:3])
     assert "--resume" not in calls[-1]
@@ -119,14 +118,14 @@ def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(make: Run, 
     assert make("tiny")[::2] == (0, [])
 
 
-def test_it_stops_when_its_time_is_over(make: Run) -> None:
+def test_it_stops_at_its_time_limit(make: Run) -> None:
     code, err, calls = make("tiny", MINUTES="0")
     assert (code, calls) == (3, [])
     assert err == "out of time in stage tokenizer; the same command goes on\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_once_and_the_stage_goes_on_later(make: Run, tmp_path: Path, number: int) -> None:
+def test_a_signal_is_forwarded_once_and_the_stage_is_resumed_later(make: Run, tmp_path: Path, number: int) -> None:
     def send() -> None:
         end = time.monotonic() + 50
         while not (tmp_path / "out/tokenizer/waits").exists() and time.monotonic() < end:
@@ -146,25 +145,24 @@ def test_a_signal_is_passed_on_once_and_the_stage_goes_on_later(make: Run, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-def test_the_stages_fit_one_another(kind: str) -> None:
+def test_the_configs_of_the_stages_are_compatible(kind: str) -> None:
     tokenizer, generator = (
         yaml.safe_load((REPO / "configs" / f"{kind}-{part}.yaml").read_text()) for part in ("tokenizer", "generator")
     )
-    assert tokenizer["num_channels"] == 256  # what is measured and shown goes up to that
+    assert tokenizer["num_channels"] == 256  # the largest k that is measured and shown
     assert tokenizer["save_dtype"] == generator["save_dtype"] == "bfloat16"
-    assert generator["position_vectors"]
 
 
-def test_what_it_cannot_use_is_a_line(make: Run, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(make: Run, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
-    for words, told in (
+    for words, line in (
         (("tpu",), "KIND is tpu; allowed: cpu, gpu, tiny"),
         (("cpu", missing), f"{missing} has no train/ and val/"),
         (("cpu", str(tmp_path / "photos"), missing), f"{missing} is no file"),
     ):
         code, err, calls = make(*words)
         assert (code, calls, err.count("\n")) == (2, [], 1)
-        assert err.startswith(told)
+        assert err.startswith(line)
     assert make("cpu", MINUTES="0.5")[:2] == (2, "MINUTES is 0.5; give a whole number\n")
     assert not (tmp_path / "out").exists()
     assert re.match(

@@ -6,13 +6,8 @@ import torch.nn.functional as F
 
 from common.errors import InputError
 from common.model_state import call_frozen
-from tokenizer.discriminator import (
-    GanConfig,
-    PatchDiscriminator,
-    discriminator_loss,
-    gradient_ratio,
-    last_layer_gradients,
-)
+from tokenizer.discriminator import PatchDiscriminator, discriminator_loss, gradient_ratio, last_layer_gradients
+from tokenizer.settings import GanConfig
 
 
 def pictures(count, size=32, seed=0):
@@ -56,7 +51,7 @@ def test_a_logit_sees_a_patch(layers, side):
     assert receptive_field(GanConfig(gan_width=32, gan_layers=layers), 128) == side
 
 
-def test_one_picture_s_logits_hang_on_no_other(small):
+def test_the_logits_of_a_picture_do_not_depend_on_the_batch(small):
     images = pictures(3)
     torch.testing.assert_close(small(images)[1:2], small(images[1:2]))
 
@@ -64,15 +59,15 @@ def test_one_picture_s_logits_hang_on_no_other(small):
 def test_hinge_loss_is_that_of_a_loop_over_patches(small):
     real, fake = pictures(2, seed=1), pictures(2, seed=2)
     found = discriminator_loss(small, real, fake)
-    judged = [small(real).flatten().tolist(), small(fake).flatten().tolist()]
-    losses = [max(0.0, 1 - logit) for logit in judged[0]], [max(0.0, 1 + logit) for logit in judged[1]]
+    logits = [small(real).flatten().tolist(), small(fake).flatten().tolist()]
+    losses = [max(0.0, 1 - logit) for logit in logits[0]], [max(0.0, 1 + logit) for logit in logits[1]]
     expected = 0.5 * (sum(losses[0]) / len(losses[0]) + sum(losses[1]) / len(losses[1]))
     assert found["loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert found["real"].item() == pytest.approx(sum(judged[0]) / len(judged[0]), rel=1e-4, abs=1e-6)
-    assert found["fake"].item() == pytest.approx(sum(judged[1]) / len(judged[1]), rel=1e-4, abs=1e-6)
+    assert found["real"].item() == pytest.approx(sum(logits[0]) / len(logits[0]), rel=1e-4, abs=1e-6)
+    assert found["fake"].item() == pytest.approx(sum(logits[1]) / len(logits[1]), rel=1e-4, abs=1e-6)
 
 
-def test_the_discriminator_s_loss_teaches_it_alone(small):
+def test_the_discriminator_s_loss_has_gradients_for_its_weights_only(small):
     fake = pictures(2, seed=2).requires_grad_()
     discriminator_loss(small, pictures(2), fake)["loss"].backward()
     assert fake.grad is None
@@ -89,7 +84,7 @@ def test_a_frozen_call_has_gradients_for_its_inputs_only(small):
     assert all(p.grad is None for p in small.parameters())
 
 
-def test_steps_against_noise_tell_it_from_pictures(small):
+def test_training_separates_pictures_from_noise(small):
     torch.manual_seed(0)
     model = PatchDiscriminator(GanConfig(gan_width=32, gan_layers=1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.5, 0.9))
@@ -132,7 +127,7 @@ def test_bad_settings_are_refused(settings, named):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_pictures_too_small_to_judge_are_refused_and_the_smallest_are_judged(layers):
+def test_pictures_without_a_patch_are_refused_and_the_smallest_have_one(layers):
     config = GanConfig(gan_weight=0.1, gan_width=32, gan_layers=layers)
     smallest = 4 * 2**layers
     config.check_image_size(smallest)

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_store import header
 
-from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from generator import tokens as store_side
 from generator.token_data import TokenDataset
@@ -26,7 +25,7 @@ from tokenizer import ChannelTokenizer, extraction
 
 @pytest.fixture(scope="module")
 def sharp_tokenizer(tiny_tokenizer: ChannelTokenizer) -> ChannelTokenizer:
-    """Without biases, which drown what is in an image: hardly two crops have the same tokens."""
+    """Without biases, which are large next to the signal: hardly two crops have the same tokens."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     with torch.no_grad():
         for name, parameter in tokenizer.named_parameters():
@@ -38,7 +37,7 @@ def sharp_tokenizer(tiny_tokenizer: ChannelTokenizer) -> ChannelTokenizer:
 @pytest.fixture(scope="module")
 def tokenizer_folder(sharp_tokenizer: ChannelTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharp")
-    save_pretrained_whole(sharp_tokenizer, folder)
+    sharp_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -61,7 +60,7 @@ def test_a_store_keeps_its_tokenizer_in_the_format_it_had(
     sharp_tokenizer: ChannelTokenizer, tokenizer_folder: Path, scripts: ScriptRunner, image_folder: Path, tmp_path: Path
 ) -> None:
     halves = tmp_path / "halves"
-    save_pretrained_whole(copy.deepcopy(sharp_tokenizer).to(torch.bfloat16), halves)
+    sharp_tokenizer.save_pretrained(halves, torch.bfloat16)
     for given, wanted in ((halves, "BF16"), (tokenizer_folder, "F32")):
         store = tmp_path / f"{given.name}-store"
         done = scripts("extract_tokens.py", *words(given, image_folder, store))
@@ -104,7 +103,7 @@ def test_ten_crops_are_those_cut_by_hand(
         places = ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))
         crops = [seen[:, y : y + 32, x : x + 32] for seen in (large, large.flip(2)) for y, x in places]
         assert row.tolist() == [sharp_tokenizer.tokenize(crop[None])[0].tolist() for crop in crops]
-    assert len({tuple(view) for row in found.tolist() for view in row}) > 100  # they can be told apart
+    assert len({tuple(view) for row in found.tolist() for view in row}) > 100  # nearly all differ
     # what is held out is the image as it is
     held, _ = store.read_shard("val", 0)
     assert held.shape == (5, 1, 16)
@@ -144,40 +143,40 @@ def test_several_processes_make_the_store_of_one(
     scripts: ScriptRunner, tokenizer_folder: Path, whole: Path, tmp_path: Path, processes: int
 ) -> None:
     given = words(tokenizer_folder, whole.parent / "images", tmp_path / "store", *SMALL)
-    done = scripts("extract_tokens.py", *given, processes=processes, before=TELLS)
+    done = scripts("extract_tokens.py", *given, processes=processes, before=REPORTS_SHARDS)
     assert done.code == 0, done.err
     assert shards_of(tmp_path / "store") == shards_of(whole)
     assert done.err.count("complete, 2 unreadable files left out") == 1
     assert done.err.count("n02/1.png") == done.err.count("n03/0.jpg") == 1
     made = [line.split() for line in done.out.splitlines()]
     pairs = [["train", str(i)] for i in range(6)] + [["val", str(i)] for i in range(3)]
-    # each process every n-th of all, whatever the others do
+    # each process writes every n-th shard, no matter which exist already
     assert made == [[str(rank), *pair] for rank in range(processes) for pair in pairs[rank::processes]]
 
 
-TELLS = """
+REPORTS_SHARDS = """
 import os, pathlib, sys, time
 from common import runtime
 from generator.tokens import TokenStore
 write, move = TokenStore.write_shard, runtime.move
-def tell(self, split, shard, *rest):
+def reported(self, split, shard, *rest):
     print(os.environ["RANK"], split, shard, flush=True)
     write(self, split, shard, *rest)
-def lag(*arguments):
-    # the others look for their shards when the first process has written some already
+def delayed(*arguments):
+    # the first process has written some shards before the others look for theirs
     folder = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1])
     while os.environ["RANK"] != "0" and len(list(folder.glob("*-*.json"))) < 2:
         time.sleep(0.01)
     return move(*arguments)
-TokenStore.write_shard, runtime.move = tell, lag
+TokenStore.write_shard, runtime.move = reported, delayed
 """
-LINGERS = """
+DELAYS_RECORDS = """
 import time, generator.tokens
 text = generator.tokens.write_text
-def linger(path, content):
-    time.sleep(0.1)  # the arrays are there, the record that makes them count is not
+def delayed(path, content):
+    time.sleep(0.1)  # the arrays exist, the record that makes them valid does not
     text(path, content)
-generator.tokens.write_text = linger
+generator.tokens.write_text = delayed
 """
 
 
@@ -187,21 +186,21 @@ def test_killed_processes_leave_what_any_number_can_finish(
 ) -> None:
     store = tmp_path / "store"
     given = words(tokenizer_folder, whole.parent / "images", store, *SMALL)
-    running = scripts.start("extract_tokens.py", *given, processes=2, before=LINGERS)
+    running = scripts.start("extract_tokens.py", *given, processes=2, before=DELAYS_RECORDS)
     while running.poll() is None and len(list(store.glob("*-*.json"))) < 3:
         time.sleep(0.005)
     running.kill(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     there = {name: (store / name).stat().st_mtime_ns for name in shards_of(store) if name.endswith(".json")}
     assert 3 <= len(there) < 9
-    (store / ".train-00000.tokens.npy.1.partial").write_bytes(b"as a kill in the midst of writing leaves it")
+    (store / ".train-00000.tokens.npy.1.partial").write_bytes(b"left by a kill while writing")
     done = scripts("extract_tokens.py", *given, processes=then)
     assert done.code == 0, done.err
     assert shards_of(store) == shards_of(whole)
     assert all((store / name).stat().st_mtime_ns == stamp for name, stamp in there.items())
 
 
-def test_what_one_process_is_refused_all_are(
+def test_a_mistake_in_one_process_ends_all(
     scripts: ScriptRunner, tokenizer_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     before = shards_of(whole)
@@ -209,7 +208,7 @@ def test_what_one_process_is_refused_all_are(
     done = scripts("extract_tokens.py", *given, processes=2)
     assert done.code == 2
     assert done.err.count("made with views = flip") == done.err.count("\n") == 2
-    # an image that only one of them reads: the other waits for it, and says in one line that it need not
+    # an unreadable image in the shard of one process: another, which waits for it, ends with a line of its own
     given = words(tokenizer_folder, whole.parent / "images", tmp_path / "store", "--strict", "true", "--shard-size", 50)
     done = scripts("extract_tokens.py", *given, processes=3)
     assert done.code == 2
@@ -223,7 +222,7 @@ def test_what_one_process_is_refused_all_are(
 
 
 def verified(scripts: ScriptRunner, store: Path) -> tuple[int, list[str]]:
-    """Exit code and lines, without the progress bar, which clears itself away."""
+    """Exit code and lines of stderr, without the progress bar."""
     done = scripts("extract_tokens.py", "--verify", store)
     assert "Traceback" not in done.err
     return done.code, [line for line in done.err.splitlines() if line.strip() and "shard/s]" not in line]
@@ -245,16 +244,16 @@ def test_a_sound_store_is_described(scripts: ScriptRunner, whole: Path) -> None:
     ]
 
 
-def test_many_classes_are_told_in_ranges() -> None:
+def test_many_classes_are_described_in_ranges() -> None:
     names = [f"n{i}" for i in range(95)]
     images = np.arange(95) * 30
     images[[3, 50]] = 0
 
-    def told(train: NDArray[np.int64], val: NDArray[np.int64]) -> list[str]:
+    def described(train: NDArray[np.int64], val: NDArray[np.int64]) -> list[str]:
         found = Verified(problems=[], images={"train": train, "val": val}, left_out={"train": 1200, "val": 0})
         return describe(header(class_names=names), found)
 
-    lines = told(images, images * 0)
+    lines = described(images, images * 0)
     assert lines[0].startswith("train: 132,360 images in 2 views")
     assert lines[0].endswith("; 1,200 unreadable files left out")
     assert lines[1] == "  classes 0 to 9: 1,260 images, 0 to 270 a class"
@@ -262,7 +261,7 @@ def test_many_classes_are_told_in_ranges() -> None:
     assert lines[11] == "  classes without images: 3: 0 (n0), 3 (n3), 50 (n50)"
     assert lines[-1] == "  classes without images: 95: " + ", ".join(f"{i} (n{i})" for i in range(10)) + ", ..."
     assert len(lines) == 2 * 12
-    assert told(images + 1, images)[11] == "  classes without images: 0"
+    assert described(images + 1, images)[11] == "  classes without images: 0"
 
 
 def flip_bit(path: Path) -> None:
@@ -271,7 +270,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_every_problem_is_told_and_the_reader_finds_them_too(
+def test_every_problem_is_reported_and_found_by_the_reader(
     scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     store, other = tmp_path / "store", tmp_path / "other"
@@ -287,7 +286,7 @@ def test_every_problem_is_told_and_the_reader_finds_them_too(
         shutil.copy(path, store)
     code, lines = verified(scripts, store)
     assert code == 2
-    told = [line for line in lines if "train-000" in line or "val-000" in line]
+    reported = [line for line in lines if "train-000" in line or "val-000" in line]
     for name, problem in (
         ("train-00001.tokens.npy", "damaged"),
         ("train-00003.labels.npy", "missing"),
@@ -295,9 +294,9 @@ def test_every_problem_is_told_and_the_reader_finds_them_too(
         ("val-00000.labels.npy", "damaged"),
         ("val-00001.json", "missing"),
     ):
-        (line,) = [line for line in told if f"/{name} " in line]
+        (line,) = [line for line in reported if f"/{name} " in line]
         assert problem in line
-    assert len(told) == 5
+    assert len(reported) == 5
     assert lines[-1].startswith("extract_tokens.py: error: ")
     assert f"{store}: problems found: 5" in lines[-1]
     assert lines[0].startswith("train: 5 images")  # of the three shards that are sound
@@ -315,7 +314,7 @@ def test_every_problem_is_told_and_the_reader_finds_them_too(
         dataset.__getitems__([(2, 0)])
 
 
-def test_another_tokenizer_in_the_store_is_told(
+def test_a_missing_or_another_tokenizer_in_the_store_is_reported(
     scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -331,7 +330,7 @@ def test_another_tokenizer_in_the_store_is_told(
     assert "problems found: 1" in lines[-1]
 
 
-def test_verify_stands_alone(scripts: ScriptRunner, whole: Path, tmp_path: Path) -> None:
+def test_verify_is_exclusive(scripts: ScriptRunner, whole: Path, tmp_path: Path) -> None:
     config = tmp_path / "flags.yaml"
     config.write_text(f"verify: {whole}\n")
     for given, named in (

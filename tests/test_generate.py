@@ -1,24 +1,24 @@
-"""The stream: laws 3 to 7 of the design, each for k = 1, 16 = C and between."""
+"""The stream: laws 3 to 7 of the design, each for k = 1, k = 16 = C and values between."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import sharp_generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import sampling as oracle
-from transformers import LlamaForCausalLM
 
 from common.errors import InputError
-from generator.config import TokenLayout
+from generator.config import SamplingConfig
 from generator.decode import CachedDecoder
 from generator.drawing import Drawing
-from generator.engine import Batch, Engine
+from generator.engine import Engine
 from generator.generate import stream
-from generator.sampling import SamplingConfig
+from generator.model import ChannelGPT
 
 C, CODES = 16, 64
 PLAIN = SamplingConfig()
@@ -26,7 +26,6 @@ GUIDED = SamplingConfig(cfg_scale=2.5)
 FILTERED = SamplingConfig(temperature=1.3, top_k=30, top_p=0.95)
 EVERYTHING = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, cfg_scale=1.7)
 ALL = [PLAIN, GUIDED, FILTERED, EVERYTHING]
-NAMES = ["plain", "guided", "filtered", "everything"]
 LABELS, SEEDS = [0, 4, 2, 5, 2], [10, 11, 0, 2**62, 11]  # 5 is the null label
 FEW = settings(max_examples=8, deadline=None, derandomize=True)
 
@@ -46,13 +45,12 @@ def final(
 # ------------------------------------------------------------------------------------- law 3: prefix
 
 
-@pytest.mark.parametrize("sampling", ALL, ids=NAMES)
+@pytest.mark.parametrize("sampling", ALL, ids=["plain", "guided", "filtered", "everything"])
 def test_drawing_k_gives_the_first_k_of_drawing_all(tiny_engine: Engine, sampling: SamplingConfig) -> None:
     steps = list(stream(tiny_engine, LABELS, SEEDS, C, sampling))
     whole = steps[-1].tokens.tolist()
     assert [step.num_tokens for step in steps] == list(range(1, C + 1))
     for step in steps:
-        # every step keeps showing what it showed, also after the stream went on
         assert step.tokens.shape == (5, step.num_tokens)
         assert step.tokens.dtype == torch.int64
         assert step.tokens.tolist() == [row[: step.num_tokens] for row in whole]
@@ -60,19 +58,12 @@ def test_drawing_k_gives_the_first_k_of_drawing_all(tiny_engine: Engine, samplin
         assert final(tiny_engine, LABELS, SEEDS, k, sampling) == [row[:k] for row in whole]
 
 
-def test_tokens_vary_and_stay_inside_the_codebook(tiny_engine: Engine) -> None:
-    tokens = torch.tensor(final(tiny_engine, [1] * 40, range(40)))
-    assert 0 <= int(tokens.min()) <= int(tokens.max()) < CODES
-    assert len(tokens.unique()) > CODES // 2
-    assert len(tokens.unique(dim=0)) == 40
-
-
 # ------------------------------------------------------------------------------------- law 4: independence
 
 
 @FEW
 @given(order=st.permutations(range(5)), cuts=st.sets(st.integers(1, 4)), sampling=st.sampled_from(ALL))
-def test_an_image_does_not_know_its_neighbours(
+def test_an_image_does_not_depend_on_the_others(
     tiny_engine: Engine, order: list[int], cuts: set[int], sampling: SamplingConfig
 ) -> None:
     whole = final(tiny_engine, LABELS, SEEDS, C, sampling)
@@ -83,12 +74,15 @@ def test_an_image_does_not_know_its_neighbours(
         assert found == [whole[i] for i in part]
 
 
-def test_seed_class_and_position_all_matter(tiny_engine: Engine) -> None:
+def test_an_image_depends_on_its_seed_and_class(tiny_engine: Engine) -> None:
     base = final(tiny_engine, [0], [3])
     assert final(tiny_engine, [0], [3]) == base
     assert final(tiny_engine, [0], [4]) != base
     assert final(tiny_engine, [1], [3]) != base
-    assert final(tiny_engine, [0], [3], C, GUIDED) != base
+    tokens = torch.tensor(final(tiny_engine, [1] * 40, range(40)))
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < CODES
+    assert len(tokens.unique()) > CODES // 2
+    assert len(tokens.unique(dim=0)) == 40
 
 
 def test_token_differences_between_batch_sizes_are_rare(tiny_engine: Engine) -> None:
@@ -99,36 +93,11 @@ def test_token_differences_between_batch_sizes_are_rare(tiny_engine: Engine) -> 
         parts = [final(tiny_engine, labels[i : i + size], seeds[i : i + size]) for i in range(0, count, size)]
         found = torch.tensor([row for part in parts for row in part])
         # after its first different token an image is another image, so only that one counts
-        apart = int((found != whole[:count]).any(-1).sum())
-        assert apart / (count * C) < 1e-3
+        different = int((found != whole[:count]).any(-1).sum())
+        assert different / (count * C) < 1e-3
 
 
-# ------------------------------------------------------------------------------------- law 5: cached = uncached
-
-
-@pytest.mark.parametrize("sampling", [*ALL, SamplingConfig(temperature=0, cfg_scale=3.0)], ids=[*NAMES, "greedy"])
-def test_the_stream_equals_the_uncached_sampler(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_engine: Engine, sampling: SamplingConfig
-) -> None:
-    expected = [
-        oracle.draw_one(
-            tiny_generator,
-            tiny_layout,
-            label,
-            seed,
-            C,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            cfg_scale=sampling.cfg_scale,
-        )
-        for label, seed in zip(LABELS, SEEDS, strict=True)
-    ]
-    for step in stream(tiny_engine, LABELS, SEEDS, C, sampling):
-        assert step.tokens.tolist() == [row[: step.num_tokens] for row in expected]
-
-
-# ------------------------------------------------------------------------------------- law 6: stop and go on
+# ------------------------------------------------------------------------------------- law 6: stop and continue
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING], ids=["plain", "everything"])
@@ -139,82 +108,68 @@ def test_stopped_saved_loaded_and_continued_is_one_run(
     running = stream(tiny_engine, LABELS, SEEDS, C, sampling)
     for _ in range(k):
         stopped = next(running)
-    path = tmp_path / "tokens.npz"
-    Drawing(
-        tokens=stopped.tokens,
-        num_tokens=torch.full((5,), k),
-        class_labels=LABELS,
-        seeds=SEEDS,
-        sampling=sampling,
-        fingerprint="f",
-    ).save(path)
-    loaded = Drawing.load(path)
+    drawing = Drawing(
+        tokens=stopped.tokens, num_tokens=torch.full((5,), k), class_labels=LABELS, seeds=SEEDS, sampling=sampling,
+        fingerprint="0123-4567",
+    )  # fmt: skip
+    drawing.save(tmp_path / "tokens.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npz"]
+    loaded = Drawing.load(tmp_path / "tokens.npz")
+    assert torch.equal(loaded.tokens, drawing.tokens)
     assert loaded.num_tokens.tolist() == [k] * 5
-    assert loaded.fingerprint == "f"
-    steps = list(stream(tiny_engine, loaded.class_labels, loaded.seeds, C, sampling, loaded.tokens))
+    for name in ("class_labels", "seeds", "sampling", "fingerprint"):
+        assert getattr(loaded, name) == getattr(drawing, name)
+    steps = list(stream(tiny_engine, loaded.class_labels, loaded.seeds, C, loaded.sampling, loaded.tokens))
     assert [step.num_tokens for step in steps] == list(range(k + 1, C + 1))
     assert steps[-1].tokens.tolist() == final(tiny_engine, LABELS, SEEDS, C, sampling)
-    # also in two pieces, the second one alone
+    # also in two pieces, the second one for a part of the images
     middle = stream(tiny_engine, LABELS[:2], SEEDS[:2], k + 1, sampling, loaded.tokens[:2])
     assert next(middle).tokens.tolist() == steps[0].tokens[:2].tolist()
 
 
-def test_a_prefix_of_other_tokens_is_followed(tiny_engine: Engine) -> None:
-    """The prefix is read, not drawn again."""
-    prefix = torch.tensor([[3, 1, 4], [1, 5, 9]])
-    found = torch.tensor(final(tiny_engine, [0, 1], [0, 1], C, PLAIN, prefix))
-    assert torch.equal(found[:, :3], prefix)
-    assert found[:, 3:].tolist() != torch.tensor(final(tiny_engine, [0, 1], [0, 1]))[:, 3:].tolist()
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "plain array", "other names"])
+def test_a_damaged_drawing_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "tokens.npz"
+    if damage == "empty":
+        path.touch()
+    elif damage == "text":
+        path.write_text("hello\nthere\n")
+    elif damage == "cut":
+        np.savez(path, tokens=np.zeros((2, 3), np.uint16))
+        path.write_bytes(path.read_bytes()[:-30])
+    elif damage == "plain array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif damage == "other names":
+        np.savez(path, codes=np.zeros((2, 3), np.uint16))
+    with pytest.raises(InputError, match=r"tokens\.npz") as caught:
+        Drawing.load(path)
+    assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------- law 7: guidance
+# ------------------------------------------------------------------------------------- guidance and costs
 
 
-@pytest.fixture
-def fed(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, position) of every forward from now on."""
-    calls: list[tuple[int, int]] = []
-    real = tiny_engine._forward
-
-    def forward(batch: Batch, length: int, *, with_logits: bool) -> torch.Tensor:
-        calls.append((batch.cache.entries.shape[2], int(batch.position)))
-        return real(batch, length, with_logits=with_logits)
-
-    monkeypatch.setattr(tiny_engine, "_forward", forward)
-    return calls
-
-
-def test_cfg_scale_one_costs_one_forward_and_guidance_two(tiny_engine: Engine, fed: list[tuple[int, int]]) -> None:
-    final(tiny_engine, LABELS, SEEDS, C, PLAIN)
-    assert fed == [(5, p) for p in range(C)]
-    fed.clear()
-    final(tiny_engine, LABELS, SEEDS, C, GUIDED)
-    assert fed == [(10, p) for p in range(C)]
-
-
-def test_a_step_that_is_not_asked_for_costs_nothing(tiny_engine: Engine, fed: list[tuple[int, int]]) -> None:
-    running = stream(tiny_engine, LABELS, SEEDS, C, PLAIN)
-    assert fed == []
-    next(running)
-    next(running)
-    assert len(fed) == 2
-
-
-def test_cfg_scale_one_is_conditional_only(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, tiny_engine: Engine
-) -> None:
-    expected = [oracle.draw_one(tiny_generator, tiny_layout, label, 6, C) for label in range(5)]
-    assert final(tiny_engine, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1)) == expected
-    # and a guided stream of scale s near 1 tends to it, so 1 is no other branch in disguise
-    assert final(tiny_engine, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1 + 1e-9)) == expected
-
-
-def test_cfg_scale_zero_is_unconditional(tiny_engine: Engine) -> None:
+def test_cfg_scale_one_is_conditional_and_zero_unconditional(tiny_engine: Engine) -> None:
+    """Scale 1 has no separate formula: scales close to it give the same tokens; tests/test_anytime.py has its odds."""
+    plain = final(tiny_engine, range(5), [6] * 5)
+    assert final(tiny_engine, range(5), [6] * 5, C, SamplingConfig(cfg_scale=1 + 1e-9)) == plain
+    assert final(tiny_engine, range(5), [6] * 5, C, GUIDED) != plain
     null = final(tiny_engine, [5, 5], SEEDS[:2])
     assert final(tiny_engine, [0, 3], SEEDS[:2], C, SamplingConfig(cfg_scale=0)) == null
 
 
-# ------------------------------------------------------------------------------------- the loop itself
+def test_a_token_costs_one_step_with_twice_the_rows_for_guidance(
+    tiny_engine: Engine, watch_steps: Callable[[Engine], list[tuple[int, int, bool]]]
+) -> None:
+    steps = watch_steps(tiny_engine)
+    for sampling, rows in ((PLAIN, 5), (GUIDED, 10)):
+        running = stream(tiny_engine, LABELS, SEEDS, C, sampling)
+        assert steps == []  # nothing is computed before the first step is requested
+        for count in range(1, C + 1):
+            next(running)
+            assert steps == [(rows, position, True) for position in range(count)]
+        steps.clear()
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING], ids=["plain", "everything"])
@@ -236,6 +191,13 @@ def test_the_loop_never_waits_for_the_device(
     assert last.tokens.tolist() == expected
 
 
+# ------------------------------------------------------------------------------------- bad arguments
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
 BAD: list[tuple[str, dict[str, object], str]] = [
     ("no labels", {"class_labels": [], "seeds": []}, "class_labels"),
     ("label below", {"class_labels": [0, -1]}, "-1"),
@@ -247,13 +209,20 @@ BAD: list[tuple[str, dict[str, object], str]] = [
     ("k = 0", {"num_tokens": 0}, "num_tokens"),
     ("k below", {"num_tokens": -3}, "num_tokens"),
     ("k above", {"num_tokens": 17}, "17"),
-    ("prefix of nothing", {"prefix": torch.zeros(2, 0, dtype=torch.long)}, "prefix"),
-    ("prefix of k", {"num_tokens": 4, "prefix": torch.zeros(2, 4, dtype=torch.long)}, "prefix"),
-    ("prefix beyond k", {"num_tokens": 4, "prefix": torch.zeros(2, 5, dtype=torch.long)}, "prefix"),
-    ("prefix of others", {"prefix": torch.zeros(3, 4, dtype=torch.long)}, "prefix"),
-    ("flat prefix", {"prefix": torch.zeros(2, dtype=torch.long)}, "prefix"),
-    ("prefix of classes", {"prefix": torch.full((2, 4), 64)}, "prefix"),
+    ("few k", {"num_tokens": [4]}, "num_tokens"),
+    ("one k = 0", {"num_tokens": [4, 0]}, "num_tokens"),
+    ("one k above", {"num_tokens": [4, 17]}, "17"),
+    ("prefix of no tokens", {"prefix": zeros(2, 0)}, "prefix"),
+    ("prefix of k", {"num_tokens": 4, "prefix": zeros(2, 4)}, "prefix"),
+    ("prefix beyond k", {"num_tokens": 4, "prefix": zeros(2, 5)}, "prefix"),
+    ("prefix beyond one k", {"num_tokens": [5, 6], "prefix": zeros(2, 5)}, "prefix"),
+    ("prefix of other images", {"prefix": zeros(3, 4)}, "prefix"),
+    ("flat prefix", {"prefix": zeros(2)}, "prefix"),
+    ("prefix above the codes", {"prefix": torch.full((2, 4), 64)}, "prefix"),
     ("negative prefix", {"prefix": torch.full((2, 4), -1)}, "prefix"),
+    ("few prefix lengths", {"prefix": zeros(2, 3), "prefix_lengths": [3]}, "prefix"),
+    ("long prefix length", {"prefix": zeros(2, 3), "prefix_lengths": [3, 4]}, "prefix"),
+    ("prefix length 0", {"prefix": zeros(2, 3), "prefix_lengths": [0, 3]}, "prefix"),
 ]
 
 
@@ -266,55 +235,13 @@ def test_bad_arguments_are_refused_at_the_call(tiny_engine: Engine, change: dict
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("labels", "sampling"), [([0], GUIDED), ([5], PLAIN)], ids=["guidance", "the null label itself"]
-)
+@pytest.mark.parametrize(("label", "sampling"), [(0, GUIDED), (5, PLAIN)], ids=["guidance", "the null label itself"])
 def test_a_model_without_null_label_refuses_what_needs_it(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, labels: list[int], sampling: SamplingConfig
+    tiny_generator: ChannelGPT, label: int, sampling: SamplingConfig
 ) -> None:
-    layout = TokenLayout(**{**vars(tiny_layout), "has_null_label": False})
-    engine = Engine(CachedDecoder.from_llama(tiny_generator, layout))
+    model = sharp_generator(replace(tiny_generator.config, has_null_label=False))
+    engine = Engine(CachedDecoder.from_model(model))
     assert len(final(engine, [0], [0])[0]) == C
-    with pytest.raises(InputError) as caught:
-        stream(engine, labels, [0], C, sampling)
-    assert "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------- tokens.npz
-
-
-def test_a_drawing_keeps_every_field(tmp_path: Path) -> None:
-    drawing = Drawing(
-        tokens=torch.tensor([[0, 65535, 7], [1, 2, 0]]),
-        num_tokens=torch.tensor([3, 2]),
-        class_labels=[4, 5],
-        seeds=[2**63 - 1, 0],
-        sampling=EVERYTHING,
-        fingerprint="0123-4567",
-    )
-    drawing.save(tmp_path / "tokens.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npz"]
-    loaded = Drawing.load(tmp_path / "tokens.npz")
-    assert torch.equal(loaded.tokens, drawing.tokens)
-    assert torch.equal(loaded.num_tokens, drawing.num_tokens)
-    assert (loaded.class_labels, loaded.seeds, loaded.fingerprint) == ([4, 5], [2**63 - 1, 0], "0123-4567")
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "plain array", "other names"])
-def test_a_damaged_drawing_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "tokens.npz"
-    if damage == "empty":
-        path.touch()
-    elif damage == "text":
-        path.write_text("hello\nthere\n")
-    elif damage == "cut":
-        np.savez(path, tokens=np.zeros((2, 3), np.uint16))
-        path.write_bytes(path.read_bytes()[:-30])
-    elif damage == "plain array":
-        with path.open("wb") as file:
-            np.save(file, np.zeros(3))
-    elif damage == "other names":
-        np.savez(path, codes=np.zeros((2, 3), np.uint16))
-    with pytest.raises(InputError, match=r"tokens\.npz") as caught:
-        Drawing.load(path)
+    with pytest.raises(InputError, match=r"null label|no class") as caught:
+        stream(engine, [label], [0], C, sampling)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import random
 import struct
 import subprocess
 import time
-import warnings
 import zlib
 
 import numpy as np
@@ -71,11 +70,6 @@ def test_colour_pictures_of_every_mode(tmp_path, mode, ending):
     assert near(corners(image), [RED, GREEN, BLUE, WHITE])
 
 
-def test_cmyk_jpeg(tmp_path):
-    quarters("CMYK").save(tmp_path / "a.jpg", quality=95)
-    assert near(corners(load_image(tmp_path / "a.jpg", 32)), [RED, GREEN, BLUE, WHITE], tolerance=40)
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
 def test_grey_pictures_have_three_equal_channels(tmp_path, mode):
     picture = Image.new("L", (8, 8), 255 if mode == "1" else 77)
@@ -99,26 +93,18 @@ def test_sixteen_bits_are_scaled_to_eight_and_not_clipped(tmp_path, ending):
      (7, [WHITE, GREEN, BLUE, RED]), (8, [GREEN, WHITE, RED, BLUE]), (9, [RED, GREEN, BLUE, WHITE])],
 )  # fmt: skip
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
-def test_pictures_are_turned_as_their_exif_note_says(tmp_path, ending, orientation, expected):
+def test_pictures_are_rotated_by_their_exif_orientation(tmp_path, ending, orientation, expected):
     exif = Image.Exif()
     exif[0x112] = orientation
     quarters().save(tmp_path / f"a.{ending}", exif=exif)
     assert near(corners(load_image(tmp_path / f"a.{ending}", 32)), expected, tolerance=40)
 
 
-def test_an_uncompressed_cmyk_tiff_is_turned_as_well(tmp_path):
+def test_an_uncompressed_cmyk_tiff_is_rotated_as_well(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6
-    quarters("CMYK").save(tmp_path / "a.tif", exif=exif)  # Pillow maps such a file and then forgets to turn it
+    quarters("CMYK").save(tmp_path / "a.tif", exif=exif)  # Pillow maps such a file without rotating it
     assert near(corners(load_image(tmp_path / "a.tif", 32)), [BLUE, RED, WHITE, GREEN])
-
-
-def test_one_pixel_fills_the_image(tmp_path):
-    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png", 8)
-    assert image.shape == (3, 8, 8)
-    assert image[:, 3, 3].tolist() == [10, 20, 30]
-    assert all(len(channel.unique()) == 1 for channel in image)
 
 
 def content_of(picture, kind, **settings):
@@ -142,7 +128,7 @@ def test_a_file_and_its_content_give_the_same_image(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "txt", "gif"])
-def test_the_content_and_not_the_name_says_what_a_file_is(tmp_path, ending):
+def test_the_format_is_that_of_the_content_and_not_of_the_name(tmp_path, ending):
     for kind in ("JPEG", "PNG", "WEBP"):
         (tmp_path / f"a.{ending}").write_bytes(content_of(quarters(), kind))
         assert near(corners(load_image(tmp_path / f"a.{ending}", 32)), [RED, GREEN, BLUE, WHITE], tolerance=40)
@@ -183,7 +169,7 @@ def test_opaque_pictures_with_an_alpha_channel_are_the_same_as_without():
 
 
 def test_an_inverted_cmyk_jpeg_of_adobe_programs_has_its_colours():
-    # Adobe's programs write ink the other way round, and an APP14 segment that says that it was they
+    # Adobe's programs write inverted ink, and an APP14 segment that names them
     content = content_of(quarters("CMYK"), "JPEG", quality=95)
     assert b"\xff\xee\x00\x0eAdobe" in content
     assert near(corners(load_image(content, 32)), [RED, GREEN, BLUE, WHITE], tolerance=40)
@@ -225,33 +211,22 @@ def test_extreme_shapes_give_their_middle(size):
     assert image[:, 4, 4].tolist() == RED
 
 
-def test_a_crop_is_the_square_that_pillow_fits():
+@pytest.mark.parametrize("size", [(90, 60), (32, 96), (20, 16)])
+@pytest.mark.parametrize(("across", "down"), [(0.5, 0.5), (0.0, 0.25), (1.0, 1.0), (0.7, 0.1)])
+def test_a_crop_is_the_square_that_pillow_fits(size, across, down):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    fitted = ImageOps.fit(picture, (24, 24), Image.Resampling.LANCZOS, centering=(across, down))
+    found = load_image(content_of(picture, "PNG"), 24, Crop(across=across, down=down))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(fitted))
+
+
+def test_a_crop_may_keep_a_share_of_the_side_and_is_the_middle_square_by_default():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     content = content_of(picture, "PNG")
-    for across, down in ((0.5, 0.5), (0.0, 0.25), (1.0, 1.0), (0.7, 0.1)):
-        fitted = ImageOps.fit(picture, (24, 24), Image.Resampling.LANCZOS, centering=(across, down))
-        found = load_image(content, 24, Crop(across=across, down=down))
-        assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(fitted))
+    assert torch.equal(load_image(content, 30), load_image(content, 30, Crop(share=1.0, across=0.5, down=0.5)))
     corner = picture.crop((60, 0, 90, 30)).resize((30, 30), Image.Resampling.LANCZOS)
     found = load_image(content, 30, Crop(share=0.5, across=1.0, down=0.0))
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(corner))
-
-
-@pytest.mark.parametrize("size", [(96, 32), (32, 96), (20, 16)])
-def test_the_middle_square_is_kept_and_nothing_is_stretched(tmp_path, size):
-    width, height = size
-    side = min(size)
-    picture = Image.new("RGB", size, "black")
-    picture.paste((255, 0, 0), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
-    picture.save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png", 16)
-    assert near([image[:, y, x].tolist() for y in (1, 8, 14) for x in (1, 8, 14)], [RED] * 9, tolerance=30)
-
-
-def test_a_picture_of_the_right_size_is_not_touched(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(load_image(tmp_path / "a.png", 8).permute(1, 2, 0).numpy(), pixels)
 
 
 def encoded(kind):
@@ -403,26 +378,6 @@ def test_messages_are_one_printable_line_and_the_same_each_time(tmp_path):
     with pytest.raises(UnreadableImageError, match=r"^row 3: ") as caught:
         load_image(b"no image", 8, name="row 3")
     assert "object at" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_any_damage_gives_a_picture_or_an_unreadable_image(tmp_path, kind):
-    content, rng = encoded(kind), random.Random(0)
-    refused = 0
-    for i in range(150):
-        damaged = bytearray(content)
-        for _ in range(rng.randrange(1, 6)):
-            damaged[rng.randrange(min(len(damaged), 300 if i % 2 else len(damaged)))] = rng.randrange(256)
-        path = tmp_path / "a"
-        path.write_bytes(damaged)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                assert load_image(path, 8).shape == (3, 8, 8)
-            except UnreadableImageError as error:
-                assert str(path) in str(error)
-                refused += 1
-    assert 0 < refused < 150
 
 
 def test_a_saved_picture_is_the_same_when_read_again(tmp_path):

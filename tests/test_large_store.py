@@ -1,4 +1,4 @@
-"""A token store of ImageNet's size, and a smaller one, read in a process of its own: time and memory."""
+"""Time and memory of reading a token store of ImageNet's size, and a smaller one."""
 
 import json
 import os
@@ -18,7 +18,8 @@ import json, sys, time
 from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
-from common.steps import LoopConfig, StepPlan, StepSampler
+from common.config import LoopConfig
+from common.steps import StepPlan, StepSampler
 from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
 
@@ -91,13 +92,13 @@ def read(folder: Path, workers: int, batches: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_store_of_imagenets_size_opens_at_once_and_reads_in_little_memory(tmp_path: Path) -> None:
+def test_a_store_of_imagenets_size_opens_in_a_second_and_reads_in_little_memory(tmp_path: Path) -> None:
     make(tmp_path, 1_281_167, 10_000)
     for workers in (1, 0):
         tries = [read(tmp_path, workers, batches) for batches in (3500, 200, 200)]  # of the 5005 of an epoch
         sys.stdout.write(f"{workers} workers: {tries}\n")
         assert tries[0]["rows"] == 256
-        # of three, since another program may have the machine for a while
+        # of three, since another program may use the machine for a while
         assert min(found["open"] for found in tries) < 1
         assert min(found["first"] for found in tries) < 1
         assert max(found["grown"] for found in tries) < 200e6

@@ -21,8 +21,8 @@ def tokenizer(**changes: Any) -> ChannelTokenizer:
     return ChannelTokenizer(TokenizerConfig(**(SIZES | {"linear_paths": True} | changes))).eval()
 
 
-def silenced(module: Any) -> Any:
-    """Only the linear path is left: what the network adds is 0."""
+def linear_only(module: Any) -> Any:
+    """With the output of the network set to 0, so that the linear path remains."""
     for layer in reversed(list(module.trunk)):
         if isinstance(layer, nn.Conv2d):
             nn.init.zeros_(layer.weight)
@@ -39,8 +39,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def test_an_encoders_path_is_linear_and_sees_its_part_and_half_of_each_neighbour() -> None:
-    encoder = silenced(tokenizer().encoder)
+def test_an_encoders_path_is_linear_and_reads_its_part_and_half_of_each_adjacent_one() -> None:
+    encoder = linear_only(tokenizer().encoder)
     one, other, origin = random(1, 3, 32, 32), random(1, 3, 32, 32, seed=1), encoder(torch.zeros(1, 3, 32, 32))
     assert torch.allclose(encoder(one + 2 * other) - origin, encoder(one) + 2 * encoder(other) - 3 * origin, atol=1e-5)
     changed = (encoder(one) - origin).abs().amax(1)[0]
@@ -56,7 +56,7 @@ def test_an_encoders_path_is_linear_and_sees_its_part_and_half_of_each_neighbour
 
 @torch.no_grad()
 def test_a_decoders_path_is_linear_before_the_last_function_and_overlaps() -> None:
-    decoder = silenced(tokenizer().decoder)
+    decoder = linear_only(tokenizer().decoder)
     one, other, origin = random(1, 8, 4, 4), random(1, 8, 4, 4, seed=1), decoder(torch.zeros(1, 8, 4, 4)).atanh()
     both = decoder(one + other).atanh()
     assert torch.allclose(both - origin, decoder(one).atanh() + decoder(other).atanh() - 2 * origin, atol=1e-4)
@@ -68,13 +68,13 @@ def test_a_decoders_path_is_linear_before_the_last_function_and_overlaps() -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("k", [1, 5, 8])
-def test_laws_hold_with_them(k: int, tmp_path: Any) -> None:
+def test_prefixes_saving_and_fast_decoding_with_linear_paths(k: int, tmp_path: Any) -> None:
     model = tokenizer()
     images = random(3, 3, 32, 32)
     latents = model.quantizer.to_latents(model.quantize(model.encode(images)))
     latents[:, k:] = 0
     tokens = model.tokenize(images)
-    assert torch.equal(model.detokenize(tokens[:, :k]), model.decode(latents))  # law 2
+    assert torch.equal(model.detokenize(tokens[:, :k]), model.decode(latents))
     model.save_pretrained(tmp_path)
     assert torch.equal(ChannelTokenizer.from_pretrained(tmp_path).detokenize(tokens), model.detokenize(tokens))
     fast = PictureDecoder(model, dtype=torch.float32)(tokens[:, :k]).int()
@@ -82,7 +82,7 @@ def test_laws_hold_with_them(k: int, tmp_path: Any) -> None:
     assert (fast - plain).abs().max() <= 1
 
 
-def test_they_are_there_when_asked_for_and_only_then() -> None:
+def test_linear_paths_exist_only_if_configured() -> None:
     names = {name for name, _ in tokenizer().named_parameters() if "straight" in name}
     assert names == {f"{half}.straight.{kind}" for half in ("encoder", "decoder") for kind in ("weight", "bias")}
     assert not any("straight" in name for name, _ in tokenizer(linear_paths=False).named_parameters())
@@ -95,8 +95,8 @@ def test_maps_that_cannot_overlap_are_refused() -> None:
     TokenizerConfig(**(SIZES | {"linear_paths": False, "latent_size": 16, "image_size": 64, "patch_size": 4}))
 
 
-def test_they_are_brought_on_their_way_in_few_steps() -> None:
-    """Random networks of one seed, 40 steps: brightness, which GroupNorm takes away, is there at once with them."""
+def test_linear_paths_reduce_the_error_of_short_training() -> None:
+    """Random networks of one seed, 40 steps: linear paths keep the brightness, which GroupNorm removes."""
     images = (random(16, 3, 1, 1) * 0.8 + 0.2 * random(16, 3, 32, 32, seed=1)).clamp(-1, 1)
     errors = {}
     for linear_paths in (False, True):
@@ -115,7 +115,7 @@ def test_they_are_brought_on_their_way_in_few_steps() -> None:
 @torch.no_grad()
 def test_an_encoder_s_path_is_float32_under_autocast_on_a_cpu() -> None:
     """In bfloat16, oneDNN 3 has a relative error above 1 for the path of 16 x 16 patches on CPUs with AMX."""
-    encoder = silenced(
+    encoder = linear_only(
         tokenizer(image_size=64, num_channels=64, encoder_widths=[32, 32, 32], decoder_widths=[32, 32]).encoder
     )
     images = random(4, 3, 64, 64)

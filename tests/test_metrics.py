@@ -11,7 +11,8 @@ from torch import Tensor
 from common.errors import InputError
 from common.images import to_float, to_uint8
 from tokenizer import ChannelTokenizer
-from tokenizer.metrics import evaluation_lengths, psnr, psnr_by_length, ssim
+from tokenizer.config import evaluation_lengths
+from tokenizer.metrics import psnr, psnr_by_length, ssim
 
 
 def pair(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,12 +43,12 @@ def test_equal_and_opposite_pictures() -> None:
     assert psnr(black, white).item() == pytest.approx(0, abs=1e-5)
     assert psnr(black, black + 1).item() == pytest.approx(20 * math.log10(255), abs=1e-4)
     assert ssim(black, white).item() == pytest.approx((0.01 * 255) ** 2 / (255**2 + (0.01 * 255) ** 2), rel=1e-3)
-    # a flat patch of bytes leaves no variance behind when its mean is taken away
+    # the variance of a constant patch is exactly 0
     assert ssim(white - 1, white - 1).item() == pytest.approx(1, abs=1e-4)
     assert psnr(images, others).shape == ssim(images, others).shape == (2,)
 
 
-def test_a_picture_s_scores_do_not_hang_on_its_neighbours() -> None:
+def test_the_scores_of_a_picture_do_not_depend_on_the_batch() -> None:
     images, others = pair(5, 24, 24)
     for metric in (psnr, ssim):
         alone = torch.cat([metric(images[i : i + 1], others[i : i + 1]) for i in range(5)])

@@ -1,107 +1,114 @@
-"""What training minimises: the cross-entropy of every token, in whatever way memory is saved (law 7)."""
+"""The training objective: the cross-entropy of every token (law 7), its gradients, input noise and operation counts."""
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
+from oracles.sampling import bits_of, code_log_probabilities
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from generator.config import GeneratorConfig, TokenLayout
-from generator.model import build_generator
-from generator.objective import NextTokenNats, flops_per_token, position_weights
+from generator.model import ChannelGPT
+from generator.objective import GeneratorObjective, draw_flips, flops_per_token, position_weights
+from tokenizer import ChannelTokenizer
 
-C, CODES = 16, 64
+C, CODES, BITS = 16, 64, 6
 
 
-def random_tokens(count: int) -> tuple[Tensor, Tensor]:
+def random_images(count: int) -> tuple[Tensor, Tensor]:
+    """A class, the null class among them, and C tokens for each image."""
     rng = torch.Generator().manual_seed(0)
-    return torch.randint(0, 5, (count,), generator=rng), torch.randint(0, CODES, (count, C), generator=rng)
-
-
-def objective(model: LlamaForCausalLM, layout: TokenLayout, **settings: Any) -> NextTokenNats:
-    return NextTokenNats(copy.deepcopy(model), layout, **settings)
+    return torch.randint(0, 6, (count,), generator=rng), torch.randint(0, CODES, (count, C), generator=rng)
 
 
 @torch.no_grad()
-def test_a_fresh_model_knows_nothing(tiny_layout: TokenLayout) -> None:
-    """Law 7: the loss is the logarithm of the number of rows that are scored."""
-    model = build_generator(GeneratorConfig(num_layers=2, num_heads=4, hidden_size=64), tiny_layout).eval()
-    nats = objective(model, tiny_layout)(*random_tokens(64))
-    assert nats.shape == (64, C)
-    assert float(nats.mean()) == pytest.approx(math.log(CODES + 5 + 1), rel=0.01)
+def test_a_fresh_model_gives_all_codes_nearly_equal_odds(tiny_tokenizer: ChannelTokenizer) -> None:
+    """Law 7: with a prior of zeros the loss is that of fair bits."""
+    loss = GeneratorObjective(ChannelGPT(tiny_config(tiny_tokenizer)))(*random_images(64))
+    assert loss.nats.shape == (64, C)
+    assert float(loss.nats.mean()) == pytest.approx(BITS * math.log(2), rel=1e-3)
+    assert float(loss.penalty) == 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [0, 7, 16, 1000])
-def test_the_loss_is_that_of_a_plain_loop(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, chunk: int
-) -> None:
-    labels, tokens = random_tokens(3)
-    found = objective(tiny_generator, tiny_layout, chunk=chunk)(labels, tokens)
+def test_the_loss_is_that_of_a_plain_loop(tiny_generator: ChannelGPT) -> None:
+    labels, tokens = random_images(3)
+    loss = GeneratorObjective(tiny_generator)(labels, tokens)
     for i in range(3):
-        rows = [CODES + int(labels[i])]
         for j in range(C):
             # what predicts token j has read the class and the tokens before it, and nothing else
-            odds = tiny_generator(input_ids=torch.tensor([rows])).logits[0, -1].double().log_softmax(-1)
-            assert float(found[i, j]) == pytest.approx(-float(odds[tokens[i, j]]), rel=1e-4, abs=1e-4)
-            rows.append(int(tokens[i, j]))
+            odds = code_log_probabilities(tiny_generator, int(labels[i]), tokens[i, :j].tolist())[0]
+            assert float(loss.nats[i, j]) == pytest.approx(-float(odds[tokens[i, j]]), rel=1e-4, abs=1e-4)
+    prior = tiny_generator.prior
+    total = prior.matrix().square().sum() + prior.class_bias.square().sum()
+    assert float(loss.penalty) == pytest.approx(float(total), rel=1e-5)
+    shorter = GeneratorObjective(tiny_generator)(labels, tokens[:, :5])
+    torch.testing.assert_close(shorter.nats, loss.nats[:, :5], rtol=1e-4, atol=1e-5)
 
 
-def gradients(model: NextTokenNats) -> dict[str, Tensor]:
-    model.train()
-    nats = model(*random_tokens(6))
-    # not the mean: every token has a weight of its own
-    (nats * torch.linspace(0.5, 2, nats.numel()).reshape(nats.shape)).sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+@torch.no_grad()
+def test_flips_change_what_is_read_and_not_the_targets(tiny_generator: ChannelGPT) -> None:
+    labels, tokens = random_images(4)
+    flips = draw_flips(4, C, BITS, 0.5, torch.Generator().manual_seed(1))
+    objective = GeneratorObjective(tiny_generator)
+    found = objective(labels, tokens, flips).nats
+    bits = torch.tensor([[bits_of(token, BITS) for token in row] for row in tokens.tolist()])
+    log_odds = tiny_generator(labels, bits, bits * flips)
+    torch.testing.assert_close(found, (1 + (-bits * log_odds).exp()).log().sum(-1), rtol=1e-4, atol=1e-4)
+    plain = objective(labels, tokens).nats
+    assert torch.equal(found[:, 0], plain[:, 0])  # nothing is read before the first token
+    assert (found[:, 1:] != plain[:, 1:]).any(1).all()
+    assert torch.equal(objective(labels, tokens, torch.ones_like(flips)).nats, plain)
 
 
-@pytest.mark.parametrize("settings", [{"chunk": 10}, {"chunk": 96}, {"gradient_checkpointing": True}])
-def test_saving_memory_leaves_the_gradients_alone(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout, settings: dict[str, Any]
-) -> None:
-    expected = gradients(objective(tiny_generator, tiny_layout))
-    found = gradients(objective(tiny_generator, tiny_layout, **settings))
-    assert found.keys() == expected.keys()
+def test_shares_of_flips_are_uniform_and_a_function_of_the_seed() -> None:
+    flips = draw_flips(4000, 32, 8, 0.4, torch.Generator().manual_seed(2))
+    assert set(flips.unique().tolist()) == {-1.0, 1.0}
+    shares = (flips < 0).double().mean((1, 2))
+    # moments of a uniform share, and of 256 flips given the share; five sigma
+    variance = 0.4**2 / 12 + (0.4 / 2 - 0.4**2 / 3) / 256
+    assert float(shares.mean()) == pytest.approx(0.2, abs=5 * (variance / 4000) ** 0.5)
+    assert float(shares.var()) == pytest.approx(variance, rel=5 * (2 / 4000) ** 0.5)
+    assert torch.equal(flips, draw_flips(4000, 32, 8, 0.4, torch.Generator().manual_seed(2)))
+
+
+def gradients(objective: GeneratorObjective) -> dict[str, Tensor]:
+    nats, penalty = objective.train()(*random_images(6))
+    # not the mean, so that every token has a different weight
+    ((nats * torch.linspace(0.5, 2, nats.numel()).reshape(nats.shape)).sum() + penalty).backward()
+    return {name: parameter.grad for name, parameter in objective.named_parameters() if parameter.grad is not None}
+
+
+def test_gradient_checkpointing_does_not_change_gradients(tiny_generator: ChannelGPT) -> None:
+    expected = gradients(GeneratorObjective(copy.deepcopy(tiny_generator)))
+    model = copy.deepcopy(tiny_generator)
+    model.checkpoints_blocks = True
+    found = gradients(GeneratorObjective(model))
+    assert found.keys() == expected.keys() == {name for name, _ in GeneratorObjective(model).named_parameters()}
     for name, gradient in expected.items():
+        assert gradient.any(), name
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_logits_of_a_whole_batch_are_never_held(tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout) -> None:
-    """The largest tensors that the backward pass keeps, by what autograd is asked to save."""
-
-    def largest_saved(**settings: Any) -> int:
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            objective(tiny_generator, tiny_layout, **settings).train()(*random_tokens(32))
-        return max(sizes)
-
-    rows = CODES + 6
-    assert largest_saved() >= 32 * C * rows
-    # what is left: activations of 64 numbers at most, for each token
-    assert largest_saved(chunk=64) <= 32 * C * 64 < 32 * C * rows
-
-
-def test_dropout_drops_its_share_in_training_only_and_is_a_function_of_the_seed(
-    tiny_generator: LlamaForCausalLM, tiny_layout: TokenLayout
-) -> None:
-    model = objective(tiny_generator, tiny_layout, dropout=0.25)
+def test_dropout_drops_its_share_in_training_only_and_is_a_function_of_the_seed(tiny_generator: ChannelGPT) -> None:
+    generator = ChannelGPT(tiny_generator.config, dropout=0.25)
+    generator.load_state_dict(tiny_generator.state_dict())
+    model = GeneratorObjective(generator)
     seen: list[Tensor] = []
-    first_norm = model.llama.model.layers[0].input_layernorm
-    first_norm.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    generator.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
     model.train()
     torch.manual_seed(3)
-    first = model(*random_tokens(64))
+    first = model(*random_images(64)).nats
     # 64 * 16 * 32 entries: four sigma is 0.01
     assert float((seen[0] == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     torch.manual_seed(3)
-    assert torch.equal(model(*random_tokens(64)), first)
-    assert not torch.equal(model(*random_tokens(64)), first)
-    plain = objective(tiny_generator, tiny_layout).eval()
-    assert torch.equal(model.eval()(*random_tokens(4)), plain(*random_tokens(4)))
-    assert model.llama.state_dict().keys() == tiny_generator.state_dict().keys()
+    assert torch.equal(model(*random_images(64)).nats, first)
+    assert not torch.equal(model(*random_images(64)).nats, first)
+    plain = GeneratorObjective(tiny_generator)
+    assert torch.equal(model.eval()(*random_images(4)).nats, plain(*random_images(4)).nats)
 
 
 def test_position_weights_have_mean_one() -> None:
@@ -117,16 +124,12 @@ def test_position_weights_have_mean_one() -> None:
     assert float(exponential[0] * exponential[-1]) == pytest.approx(float(exponential[8]) ** 2)
 
 
-def test_operations_of_a_token_are_those_that_torch_counts(tiny_layout: TokenLayout) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = GeneratorConfig(num_layers=3, num_heads=2, hidden_size=32, intermediate_size=64)
-    model = NextTokenNats(build_generator(size, tiny_layout), tiny_layout)
-    labels, tokens = random_tokens(4)
+def test_operations_of_a_token_are_those_that_torch_counts(tiny_tokenizer: ChannelTokenizer) -> None:
+    model = GeneratorObjective(ChannelGPT(tiny_config(tiny_tokenizer, num_layers=3)))
+    labels, tokens = random_images(4)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(labels, tokens).mean().backward()
-    square = 6 * 3 * 32 * C  # torch counts the whole square of attention, of which half looks ahead
+        model(labels, tokens).nats.mean().backward()
     counted = counter.get_total_flops() / tokens.numel()
-    # some versions of transformers turn positions into angles by a product, too
-    assert counted == pytest.approx(flops_per_token(model.llama, C) + square, rel=1e-4)
+    masked = 6 * 3 * 32 * C + 6 * BITS  # torch counts the whole square of attention and the diagonal of the prior
+    without_gradient = 2 * (2 * BITS * 32 + BITS * C * BITS)  # of the bits, which two maps and the prior read
+    assert counted == pytest.approx(flops_per_token(model.generator, C) + masked - without_gradient, rel=1e-6)

@@ -1,4 +1,4 @@
-"""generator/quality: what a measurement must hold, seen through benchmark.py fid as its users run it."""
+"""benchmark.py fid as a user runs it: laws of the measurement, results, pictures, labels and mistakes."""
 
 import hashlib
 import math
@@ -17,28 +17,29 @@ from PIL import Image
 
 from common import fid
 from common.checkpoint import load_tensor
-from common.classifier import ClassifierConfig, PictureClassifier
+from common.classifier import PictureClassifier
+from common.config import ClassifierConfig
 from common.errors import InputError
 from common.fid import FeatureExtractor
 from common.images import load_image
-from common.processes import team
+from common.team import team
+from generator.config import SamplingConfig
 from generator.engine import Engine
 from generator.pipeline import ChannelTokPipeline
-from generator.quality import measure_quality, open_subject
 from generator.quality.config import QualityConfig, sweep_settings
 from generator.quality.labels import distance_field, measure_labels
+from generator.quality.measure import measure_quality, open_subject
 from generator.quality.parts import Parts
 from generator.quality.reference import About
 from generator.quality.samples import labels_of
-from generator.sampling import SamplingConfig
 
 # ------------------------------------------------------------------------------------- the pass
 
 
-def test_a_row_is_what_plain_formulas_say_of_pictures_drawn_one_by_one(
+def test_a_row_is_what_plain_formulas_give_for_pictures_drawn_one_by_one(
     measured: Path, pipeline_folder: Path, photographs: Path, classifier: Path
 ) -> None:
-    """The whole measurement again, without its code: other batches, the pipeline's own pictures, numpy's sums."""
+    """The whole measurement without its code: other batches, the pipeline's own pictures, numpy's sums."""
     pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
     extractor = FeatureExtractor(classifier=classifier)
     reference = extractor(torch.stack([load_image(path, 32) for path in sorted(photographs.rglob("*.png"))]))
@@ -57,28 +58,19 @@ def test_a_row_is_what_plain_formulas_say_of_pictures_drawn_one_by_one(
             assert math.isfinite(row[name])
 
 
-@pytest.mark.parametrize("k", [2, 7])
-def test_k_tokens_of_a_longer_run_score_exactly_as_a_run_of_k_alone(
+@pytest.mark.parametrize("guidance", [[], ["--cfg-scale", 2, "--cfg-schedule", "interval", "--cfg-end", 0.5]])
+def test_k_tokens_of_a_longer_run_score_exactly_as_a_run_of_k(
     measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path,
-    tmp_path: Path, k: int,
+    tmp_path: Path, guidance: list[Any],
 ) -> None:  # fmt: skip
-    flags = words(pipeline_folder, photographs, classifier, tmp_path)
+    whole = tmp_path / "all" if guidance else measured
+    if guidance:
+        assert measure(scripts, *words(pipeline_folder, photographs, classifier, whole), *guidance).code == 0
+    flags = words(pipeline_folder, photographs, classifier, tmp_path / "alone")
     place = flags.index("--num-tokens")
-    done = measure(scripts, *flags[: place + 1], k, *flags[place + 4 :])
+    done = measure(scripts, *flags[: place + 1], 7, *flags[place + 4 :], *guidance)
     assert done.code == 0, done.err
-    assert rows(tmp_path) == [row for row in rows(measured) if row["num_tokens"] == k]
-
-
-def test_guidance_keeps_that_law(
-    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
-) -> None:
-    flags = [*words(pipeline_folder, photographs, classifier, tmp_path / "all"), "--cfg-scale", 2]
-    flags += ["--cfg-schedule", "interval", "--cfg-end", 0.5]
-    assert measure(scripts, *flags).code == 0
-    flags[flags.index(tmp_path / "all")] = tmp_path / "alone"
-    place = flags.index("--num-tokens")
-    assert measure(scripts, *flags[: place + 1], 7, *flags[place + 4 :]).code == 0
-    assert rows(tmp_path / "alone") == [row for row in rows(tmp_path / "all") if row["num_tokens"] == 7]
+    assert rows(tmp_path / "alone") == [row for row in rows(whole) if row["num_tokens"] == 7]
 
 
 def test_several_processes_measure_what_one_does(
@@ -91,7 +83,7 @@ def test_several_processes_measure_what_one_does(
     assert "23/23" not in done.err
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(
     measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
 ) -> None:
     flags = words(pipeline_folder, photographs, classifier, tmp_path)
@@ -105,11 +97,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(
     assert not (tmp_path / "results.json").exists()
     before = kept.stat().st_mtime_ns
     assert measure(scripts, *flags).code == 0
-    assert kept.stat().st_mtime_ns == before, "what was there is not drawn again"
+    assert kept.stat().st_mtime_ns == before, "complete parts are not drawn again"
     assert rows(tmp_path) == rows(measured)
 
 
-def test_more_samples_add_to_those_that_are_there(
+def test_more_samples_add_to_earlier_ones(
     measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
 ) -> None:
     flags = words(pipeline_folder, photographs, classifier, tmp_path)
@@ -123,7 +115,7 @@ def test_more_samples_add_to_those_that_are_there(
     assert rows(tmp_path) == rows(measured)
 
 
-def test_other_settings_do_not_mix_with_parts_that_are_there(
+def test_other_settings_do_not_mix_with_earlier_parts(
     measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path
 ) -> None:
     flags = words(pipeline_folder, photographs, classifier, measured)
@@ -133,17 +125,15 @@ def test_other_settings_do_not_mix_with_parts_that_are_there(
     assert "another --output-dir" in done.err
 
 
-def test_parts_without_settings_are_of_nobody_knows_what(measured: Path, tmp_path: Path) -> None:
-    shutil.copy(measured / "parts" / "part-000000.safetensors", tmp_path)
-    with pytest.raises(InputError, match=r"has parts and no settings\.json"):
-        Parts(tmp_path, {}, [2], 5, 5).begin()
-
-
-def test_every_process_writes_the_settings_before_its_first_part(tmp_path: Path) -> None:
-    for _ in range(2):
+def test_parts_belong_to_settings(measured: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # each process begins before its first part
         Parts(tmp_path, {"a": 1}, [2], 5, 5).begin()
     with pytest.raises(InputError, match="measured with a = 1, now it is 2"):
         Parts(tmp_path, {"a": 2}, [2], 5, 5).begin()
+    (tmp_path / "settings.json").unlink()
+    shutil.copy(measured / "parts" / "part-000000.safetensors", tmp_path)
+    with pytest.raises(InputError, match=r"has parts and no settings\.json"):
+        Parts(tmp_path, {}, [2], 5, 5).begin()
 
 
 def test_pictures_of_two_drawings_do_not_mix(
@@ -169,7 +159,7 @@ def test_fewer_samples_than_classes_are_warned_of(
     assert "23 samples are fewer than the 100 classes" in done.err
 
 
-def test_five_budgets_take_no_more_steps_than_the_largest_alone(
+def test_five_budgets_take_as_many_steps_as_the_largest(
     pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
@@ -230,17 +220,17 @@ def test_every_picture_is_kept_as_a_file_and_in_an_archive(measured: Path, pipel
         assert abs(alone - pictures[9].astype(int)).max() <= 1  # decoded in another batch
 
 
-def test_the_sheet_and_the_plots_are_there_and_whole(measured: Path) -> None:
+def test_the_sheet_and_the_plots_are_complete(measured: Path) -> None:
     for name in ("samples.png", "quality.png", "time.png"):
         with Image.open(measured / name) as picture:
             picture.load()
             assert picture.width > 300
 
 
-# ------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- results and labels
 
 
-def test_results_tell_what_they_rest_on(measured: Path, photographs: Path, classifier: Path) -> None:
+def test_results_name_their_settings(measured: Path, photographs: Path, classifier: Path) -> None:
     found = results(measured)
     assert [row["num_tokens"] for row in found["rows"]] == [2, 7, 16]
     assert found["num_samples"] == N
@@ -304,7 +294,7 @@ def test_only_the_published_weights_are_called_inception(
     assert FeatureExtractor(inception_weights).name == "Inception"
 
 
-def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path, classifier: Path) -> None:
+def test_anchors_are_scores_of_real_pictures(measured: Path, photographs: Path, classifier: Path) -> None:
     anchors = results(measured)["anchors"]
     extractor = FeatureExtractor(classifier=classifier)
     paths = sorted(photographs.rglob("*.png"))
@@ -331,7 +321,7 @@ def test_anchors_say_what_real_pictures_score(measured: Path, photographs: Path,
 # ------------------------------------------------------------------------------------- Inception
 
 
-def test_inception_looks_through_the_flag_that_users_have(
+def test_inception_is_used_with_its_flag(
     scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, inception_weights: Path, classifier: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -367,21 +357,16 @@ def test_inception_looks_through_the_flag_that_users_have(
     ("change", "message"),
     [
         (["--num-tokens", 17], "this model has 1..16"),
-        (["--num-tokens", 0], "at least 1"),
-        (["--num-tokens", 4, 4], "each once"),
         (["--num-samples", 9], "at least 10"),
-        (["--batch-size", 0], "at least 1"),
         (["--reference", "nowhere"], "no saved name; saved are: none"),
         (["--reference", "no/name"], "not allowed"),
         (["--features", "nowhere.safetensors"], "is missing"),
         (["--inception-weights", "x.pth"], "leave one out"),
         (["--write-settings"], "give --sweep"),
         (["--sweep", "cfg=1,2"], "with one of temperature"),
-        (["--sweep", "cfg_scale=1,x"], "type float"),
         (["--sweep", "cfg_scale=1,1"], "each value once"),
         (["--sweep", "cfg_scale=-1"], "it must be 0 or above"),
         (["--sweep", "cfg_scale=1", "--save-npz"], "save_npz does not go with sweep"),
-        (["--save-reference", "a/b"], "not allowed"),
         (["--device", "tpu"], "is unknown"),
     ],
 )

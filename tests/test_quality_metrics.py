@@ -18,7 +18,8 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL
 
 from common import fid
 from common.checkpoint import load_foreign_state
-from common.classifier import ClassifierConfig, PictureClassifier
+from common.classifier import PictureClassifier
+from common.config import ClassifierConfig
 from common.errors import InputError
 from common.fid import (
     CLASSIFIER,
@@ -98,8 +99,8 @@ def test_precision_and_recall_are_the_papers(name: str) -> None:
     assert precision_and_recall(*tensors(samples, reference)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_sets_above_tell_precision_from_recall() -> None:
-    """Else the test before would not know whether they are exchanged."""
+def test_the_sets_above_differ_in_precision_and_recall() -> None:
+    """So that the test before notices if they are exchanged."""
     found = [oracle.precision_and_recall(*SETS[name]) for name in SETS]
     assert sum(0 < precision < 1 and 0 < recall < 1 and precision != recall for precision, recall in found) >= 3
 
@@ -109,7 +110,7 @@ def test_the_sets_above_tell_precision_from_recall() -> None:
 def test_frechet_distance_of_the_same_sets(name: str) -> None:
     samples, reference = SETS[name]
     found = frechet(*tensors(samples, reference))
-    # where a covariance has not full rank, the formula's root has half of the digits of what stands below it
+    # where a covariance does not have full rank, the root in the formula loses half of the digits
     scale = samples.var(0).sum() + reference.var(0).sum()
     assert found == pytest.approx(oracle.frechet_distance(samples, reference), rel=1e-6, abs=1e-6 * scale + 1e-12)
 
@@ -121,38 +122,38 @@ def test_score_is_the_papers(count: int, classes: int) -> None:
     assert score_of_logits(torch.from_numpy(logits)) == pytest.approx(oracle.inception_score(logits), rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------- what is known beforehand
+# ------------------------------------------------------------------------------------- known results
 
 
 @pytest.mark.parametrize(
     ("count", "dimensions", "copies"), [(30, 8, 1), (12, 64, 1), (200, 16, 1), (6, 64, 5), (20, 256, 8)]
 )
-def test_a_set_is_like_itself(count: int, dimensions: int, copies: int) -> None:
+def test_a_set_equals_itself(count: int, dimensions: int, copies: int) -> None:
     features = repeated(draw(21, count, dimensions), copies)
     samples, reference = tensors(features, np.random.default_rng(22).permutation(features))
     assert abs(frechet(samples, reference)) < 1e-6
     assert precision_and_recall(samples, reference) == (1, 1)
-    # unbiased: below 0 by what a vector would have had with itself
+    # unbiased: without the kernel of a vector with itself, so below 0
     assert kernel_distance(samples, reference) < 0
 
 
 @pytest.mark.parametrize(("count", "times", "dimensions"), [(6, (5, 7), 64), (11, (13, 9), 48)])
-def test_copies_lie_within_each_other_s_reach(count: int, times: tuple[int, int], dimensions: int) -> None:
-    """Which is 0: rounding leaves less than that between some copies and more between others, by draw and place."""
+def test_copies_are_within_each_other_s_radius(count: int, times: tuple[int, int], dimensions: int) -> None:
+    """Radii are 0; rounding errors of distances between copies must not matter."""
     for seed in range(20):
         features = draw(100 + seed, count, dimensions)
         samples, reference = tensors(*(repeated(features, number) for number in times))
         assert precision_and_recall(samples, reference) == (1, 1)
 
 
-def test_sets_far_apart_share_nothing() -> None:
+def test_distant_sets_have_no_precision_or_recall() -> None:
     samples, reference = tensors(draw(23, 40, 8), draw(24, 30, 8, shift=1000))
     assert precision_and_recall(samples, reference) == (0, 0)
     assert frechet(samples, reference) == pytest.approx(8 * 1000**2, rel=0.01)
 
 
 def test_precision_and_recall_worked_by_hand() -> None:
-    """Reaches of the reference: 3 2 2 2 3; so of the samples only 0.5 and 6.5 lie within one."""
+    """Radii of the reference: 3 2 2 2 3; so of the samples only 0.5 and 6.5 are within one."""
     reference = torch.tensor([[0.0], [1], [2], [3], [4]])
     samples = torch.tensor([[-3.5], [0.5], [6.5], [7.5], [100]])
     assert precision_and_recall(samples, reference) == (0.4, 1)
@@ -165,7 +166,7 @@ def test_kernel_distance_worked_by_hand() -> None:
     assert kernel_distance(nothing, something) == pytest.approx(26, rel=1e-12)
 
 
-def test_score_of_logits_that_say_nothing_or_all() -> None:
+def test_score_of_uniform_and_of_certain_logits() -> None:
     assert score_of_logits(torch.ones(50, 7)) == pytest.approx(1, rel=1e-12)
     assert score_of_logits(torch.from_numpy(draw(25, 10, 7))) == pytest.approx(1, rel=1e-12)  # one picture a split
     sure = 100.0 * torch.eye(5).repeat(400, 1)  # so many that each split has nearly as many of every class
@@ -194,7 +195,7 @@ def test_precision_and_recall_in_pieces_of_any_size(rows: int, monkeypatch: pyte
 
 
 def test_everything_is_computed_in_float64() -> None:
-    """Features in float32, so far from one another or from 0 that its own arithmetic would lose what is near."""
+    """float32 features so far from one another or from 0 that float32 arithmetic would lose small differences."""
     clusters = torch.tensor([-3000.0, 3000]).repeat(20)[:, None]
     samples, reference = (torch.from_numpy(features).float() + clusters for features in SETS["as many"])
     doubles = [features.double().numpy() for features in (samples, reference)]
@@ -221,7 +222,7 @@ def pictures(seed: int, count: int, low: int, high: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def classifier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, so that its features and logits hang on the picture: fresh ones give every class alike."""
+    """Random weights, so that features and logits depend on the picture; new ones give all classes equal odds."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(6)
         model = PictureClassifier(ClassifierConfig(classifier_size=16, widths=[8, 16]), NAMES)
@@ -279,13 +280,13 @@ def test_torch_fidelity_finds_the_same_with_the_classifier(classifier_file: Path
     )
     extract = FeatureExtractor(classifier=classifier_file)
     (samples, logits), (reference, _) = (extract.see(images) for images in sets.values())
-    # torch-fidelity reckons in the features' float32, and batches of another size round otherwise
+    # torch-fidelity computes in float32, and batches of another size round differently
     assert found[KEY_METRIC_FID] == pytest.approx(frechet(samples, reference), rel=1e-4)
     assert found[KEY_METRIC_ISC_MEAN] == pytest.approx(score_of_logits(logits), rel=1e-5)
     assert found[KEY_METRIC_KID_MEAN] == pytest.approx(kernel_distance(samples, reference), rel=1e-4)
     precision, recall = precision_and_recall(samples, reference)
     assert (found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]) == pytest.approx((precision, recall), abs=1e-6)
-    # none of them is so simple that it would come out right by accident
+    # no value is trivial
     assert 0 < precision < 1
     assert 0 < recall < 1
     assert precision != pytest.approx(recall, abs=0.05)
@@ -293,7 +294,7 @@ def test_torch_fidelity_finds_the_same_with_the_classifier(classifier_file: Path
     assert found[KEY_METRIC_KID_MEAN] > 1e-3
 
 
-def test_torch_fidelity_without_the_classifier_s_weights_says_what_to_give(tmp_path: Path) -> None:
+def test_torch_fidelity_without_the_classifier_s_weights_names_the_argument(tmp_path: Path) -> None:
     register_classifier()
     with pytest.raises(InputError, match="give feature_extractor_weights_path"):
         torch_fidelity.calculate_metrics(

@@ -1,4 +1,4 @@
-"""What samples are compared with (folders, archives, saved names), and the settings that a sweep leaves."""
+"""What samples are compared with (folders, archives, saved names), and the settings that a sweep writes."""
 
 import json
 import shutil
@@ -12,17 +12,18 @@ from conftest import ScriptRunner
 from measurement import N, classes_of, measure, results, rows, words
 from PIL import Image
 
-from common.classifier import ClassifierConfig, PictureClassifier
+from common.classifier import PictureClassifier
+from common.config import ClassifierConfig
 from common.errors import InputError
 from common.fid import FeatureExtractor
 from common.frechet import RunningStatistics, frechet_distance
 from common.images import load_image
+from generator.config import SamplingConfig
 from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.config import QualityConfig
 from generator.quality.npz import NpzPictures, write_npz
 from generator.quality.reference import KEPT, Collector, FolderImages, folder_reference, npz_reference
-from generator.sampling import SamplingConfig
 from generator.settings import ModelSettings
 
 
@@ -63,24 +64,21 @@ def test_fewer_images_of_a_folder_are_spread_over_all_classes(photographs: Path)
     assert {path.parent.name for path in images.paths} == {f"class{i}" for i in range(5)}
 
 
-def test_classes_of_a_folder_are_told_by_name_and_never_guessed(photographs: Path) -> None:
+def test_classes_of_a_folder_are_known_by_name_only(photographs: Path, tmp_path: Path) -> None:
     images = FolderImages(photographs, 16, None)
     names = ["class3", "hen", "class1", "class0", "class2"]
     folders = [names.index(path.parent.name.replace("class4", "hen")) for path in images.paths]
     assert images.labels(names, {"class4": "hen"}) == folders
     assert images.labels(names, {}) is None
     assert images.labels([f"class{i}" for i in range(5)], {}) is not None
-
-
-def test_a_flat_folder_tells_no_classes(photographs: Path, tmp_path: Path) -> None:
     for i, path in enumerate(sorted(photographs.rglob("*.png"))):
         shutil.copy(path, tmp_path / f"{i}.PNG")
-    images = FolderImages(tmp_path, 16, None)
-    assert len(images) == 12
-    assert images.labels([tmp_path.name], {}) is None
+    flat = FolderImages(tmp_path, 16, None)
+    assert len(flat) == 12
+    assert flat.labels([tmp_path.name], {}) is None
 
 
-def test_unreadable_images_are_told_counted_and_left_out(
+def test_unreadable_images_are_logged_counted_and_omitted(
     photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     folder = tmp_path / "copy"
@@ -104,7 +102,7 @@ def test_a_folder_of_too_few_images_is_refused(photographs: Path, tmp_path: Path
         FolderImages(tmp_path, 16, None)
 
 
-def test_the_tokenizer_may_go_over_the_reference_and_that_is_said(
+def test_a_reference_decoded_by_the_tokenizer_is_labelled_so(
     scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     flags = words(pipeline_folder, photographs, classifier, tmp_path)
@@ -128,7 +126,7 @@ def test_the_tokenizer_may_go_over_the_reference_and_that_is_said(
 # ------------------------------------------------------------------------------------- archives
 
 
-def test_an_archive_is_what_numpy_reads_and_comes_back(tmp_path: Path) -> None:
+def test_an_archive_is_read_by_numpy_and_by_us(tmp_path: Path) -> None:
     path, images = tmp_path / "a.npz", pictures(12)
     square = images[..., :5, :5]
     write_npz(path, 12, 5, square.split(5), list(range(12)), "us")
@@ -168,17 +166,21 @@ def test_an_archive_of_the_evaluator_gives_its_moments_to_inception_alone(tmp_pa
         ({"arr_0": np.zeros((12, 4, 4, 3), np.uint8), "mu": np.zeros(4), "sigma": np.eye(4)}, r"needed are \(3,\)"),
     ],
 )  # fmt: skip
-def test_another_archive_is_refused_in_a_line(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+def test_another_archive_is_refused_in_one_line(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "a.npz", **content)
     with pytest.raises(InputError, match=message):
         npz_reference(tmp_path / "a.npz", Means(True), batch_size=4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_archive_damaged_anywhere_is_refused_in_a_line_or_read(tmp_path: Path, save: Any) -> None:
+def test_a_damaged_archive_is_refused_in_one_line_or_read(tmp_path: Path, save: Any) -> None:
     path = tmp_path / "a.npz"
     save(path, arr_0=pictures(12).permute(0, 2, 3, 1).numpy())
     whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for content in (whole[:-200], b"text"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"no \.npz with pictures"):
+            npz_reference(path, Means(False), batch_size=4)  # type: ignore[arg-type]
     refused = 0
     for _ in range(150):
         damaged = bytearray(whole)
@@ -190,17 +192,6 @@ def test_an_archive_damaged_anywhere_is_refused_in_a_line_or_read(tmp_path: Path
         except InputError:
             refused += 1
     assert refused > 50
-
-
-def test_damaged_archives_and_other_files_are_refused_in_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    write_npz(path, 12, 5, pictures(12)[..., :5, :5].split(5), list(range(12)), "us")
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"no \.npz with pictures"):
-        npz_reference(path, Means(False), batch_size=4)  # type: ignore[arg-type]
-    path.write_text("text")
-    with pytest.raises(InputError, match=r"no \.npz with pictures"):
-        npz_reference(path, Means(False), batch_size=4)  # type: ignore[arg-type]
 
 
 def test_a_model_s_own_samples_are_at_distance_0_and_never_a_plain_reference(
@@ -248,7 +239,7 @@ def test_a_saved_reference_gives_the_same_numbers_without_its_images(
     assert "anchors is given, but reference val-12 is no folder" in done.err
 
 
-def test_of_many_pictures_an_even_spread_of_features_is_kept() -> None:
+def test_of_many_pictures_features_at_even_intervals_are_kept() -> None:
     vectors = torch.arange(2 * KEPT + 2, dtype=torch.float32)[:, None]
     found = Collector(1, len(vectors), torch.device("cpu"))
     for batch in vectors.split(777):
@@ -290,7 +281,7 @@ def test_a_sweep_finds_the_lowest_distance_of_each_k(swept: tuple[Path, Path], m
     text = (folder / "sweep.md").read_text()
     for place, k in enumerate((2, 7, 16)):
         values = [entry["rows"][place]["frechet_distance"] for entry in found["combinations"]]
-        assert len(set(values)) == 4, "or the settings change nothing"
+        assert len(set(values)) == 4
         best = found["combinations"][values.index(min(values))]["settings"]
         assert found["best"][str(k)] == best
         assert settings.by_num_tokens[k] == SamplingConfig(**best)
@@ -303,7 +294,7 @@ def test_a_sweep_finds_the_lowest_distance_of_each_k(swept: tuple[Path, Path], m
         assert words_ in text
 
 
-def test_settings_are_those_of_the_next_k_that_has_some() -> None:
+def test_settings_are_those_of_the_next_larger_k() -> None:
     cold, warm = SamplingConfig(temperature=0.5), SamplingConfig(temperature=0.9)
     settings = ModelSettings(by_num_tokens={4: cold, 16: warm}, fingerprint="", measured={})
     assert [settings.of(k) for k in (1, 4, 5, 16, 17)] == [cold, cold, warm, warm, warm]
@@ -330,7 +321,7 @@ def with_settings(pipeline_folder: Path, tmp_path: Path) -> Path:
         (["--top-k", 0, "--cfg-scale", 3], {"cfg_scale": 3.0}),
     ],
 )
-def test_sample_py_draws_with_the_model_s_settings_unless_told_otherwise(
+def test_sample_py_draws_with_the_model_s_settings_unless_others_are_given(
     scripts: ScriptRunner, with_settings: Path, tmp_path: Path, flags: list[Any], expected: dict[str, Any]
 ) -> None:
     output = tmp_path / "drawn"
@@ -343,7 +334,7 @@ def test_sample_py_draws_with_the_model_s_settings_unless_told_otherwise(
     assert alone.tokens.tolist() == drawing.tokens.tolist()
 
 
-def test_images_of_several_lengths_are_drawn_as_those_that_go_to_the_end(
+def test_images_of_several_lengths_have_the_settings_of_whole_drawings(
     scripts: ScriptRunner, with_settings: Path, tmp_path: Path
 ) -> None:
     flags = ["--model", with_settings, "--class-labels", 1, 1, "--output-dir", tmp_path, "--num-tokens", 4, 5]
@@ -361,7 +352,7 @@ def test_settings_of_other_weights_are_not_used(scripts: ScriptRunner, with_sett
     assert Drawing.load(tmp_path / "drawn" / "tokens.npz").sampling == SamplingConfig()
 
 
-def test_guidance_that_is_given_is_all_new_and_what_else_there_is_stays() -> None:
+def test_given_guidance_replaces_all_fields_of_guidance() -> None:
     base = SamplingConfig(temperature=0.5, cfg_scale=3, cfg_schedule="interval", cfg_end=0.5)
     assert base.override({}) == base
     assert base.override({"cfg_schedule": "constant"}) == SamplingConfig(temperature=0.5)
@@ -370,13 +361,13 @@ def test_guidance_that_is_given_is_all_new_and_what_else_there_is_stays() -> Non
         base.override({"cfg_end": 0.5})
 
 
-def test_in_python_a_prefix_stays_one_whatever_settings_a_model_has(with_settings: Path) -> None:
+def test_in_python_a_model_s_settings_keep_the_prefix_law(with_settings: Path) -> None:
     pipeline = ChannelTokPipeline.from_pretrained(with_settings, "cpu")
     assert pipeline([0, 3], 4, seed=5).tokens.tolist() == pipeline([0, 3], seed=5).tokens[:, :4].tolist()
     assert pipeline([0], seed=5).tokens.tolist() == pipeline([0], seed=5, **vars(pipeline.sampling(16))).tokens.tolist()
 
 
-def test_a_drawing_goes_on_with_its_own_settings(scripts: ScriptRunner, with_settings: Path, tmp_path: Path) -> None:
+def test_a_drawing_continues_with_its_own_settings(scripts: ScriptRunner, with_settings: Path, tmp_path: Path) -> None:
     output = tmp_path / "drawn"
     flags = ["--model", with_settings, "--output-dir", output]
     assert scripts("sample.py", *flags, "--class-labels", 1, 2, "--num-tokens", 4).code == 0
@@ -385,7 +376,7 @@ def test_a_drawing_goes_on_with_its_own_settings(scripts: ScriptRunner, with_set
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"by_num_tokens": {"4": {"temp": 1}}, "measured": {}}', "{}"])
-def test_damaged_settings_are_refused_in_a_line(scripts: ScriptRunner, with_settings: Path, content: str) -> None:
+def test_damaged_settings_are_refused_in_one_line(scripts: ScriptRunner, with_settings: Path, content: str) -> None:
     (with_settings / "generator" / "sampling.json").write_text(content)
     done = scripts("sample.py", "--model", with_settings)
     assert done.code == 2

@@ -20,10 +20,11 @@ from common.images import load_image, to_float
 from common.plots import Panel
 from tokenizer import ChannelTokenizer, PictureDecoder
 from tokenizer.bsq import pack_bits, unpack_bits
-from tokenizer.reconstruction import ReconstructionConfig, measure_reconstruction, report
 from tokenizer.reconstruction import rate as rate_module
-from tokenizer.reconstruction.measure import ReconstructionResults
-from tokenizer.sources import DataConfig
+from tokenizer.reconstruction import report
+from tokenizer.reconstruction.config import ReconstructionConfig
+from tokenizer.reconstruction.measure import ReconstructionResults, measure_reconstruction
+from tokenizer.settings import DataConfig
 
 C, BITS, SIZE = 16, 6, 32
 FLAGS = ["--perceptual", "none", "--inception", "none", "--num-workers", 0, "--device", "cpu", "--curve-images", 0]
@@ -145,7 +146,7 @@ def test_tokenizers_are_compared_in_one_plot(measure: Any, tmp_path: Path) -> No
     assert again.code == 0, again.err
 
 
-def test_curves_of_equal_names_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_of_equal_names_are_labelled_with_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(name: str, psnr: float, images: int) -> dict[str, Any]:
         return {
             "tokenizer": {"name": name}, "rows": [{"bits": 10.0, "psnr": psnr}], "images": images,

@@ -1,4 +1,4 @@
-"""A decoder that is trained further: the same tokens, other pictures, and a generator of these tokens still fits."""
+"""Further training of a decoder: the same tokens, other pictures, and a generator of these tokens still fits."""
 
 import copy
 import shutil
@@ -45,14 +45,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return ChannelTokenizer.from_pretrained(folder).state_dict()
 
 
-def test_what_reads_stays_bit_for_bit_and_all_that_draws_moves(refined: Path, tiny_tokenizer: ChannelTokenizer) -> None:
+def test_the_encoder_is_kept_and_all_other_weights_change(refined: Path, tiny_tokenizer: ChannelTokenizer) -> None:
     old, new = tiny_tokenizer.state_dict(), weights(refined)
     reads = {name for name in old if name.startswith(("encoder.", "quantizer.project_in."))}
     assert 0 < len(reads) < len(old)
     assert {name for name in old if torch.equal(old[name], new[name])} == reads
 
 
-def test_tokens_and_their_fingerprint_stay(refined: Path, tiny_tokenizer: ChannelTokenizer) -> None:
+def test_tokens_and_their_fingerprint_do_not_change(refined: Path, tiny_tokenizer: ChannelTokenizer) -> None:
     images = (
         torch.rand(8, 3, *[tiny_tokenizer.config.image_size] * 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     )
@@ -63,7 +63,7 @@ def test_tokens_and_their_fingerprint_stay(refined: Path, tiny_tokenizer: Channe
 
 
 @pytest.mark.parametrize("name", ["encoder.trunk.0.weight", "quantizer.project_in.weight", "quantizer.project_in.bias"])
-def test_another_reader_has_another_fingerprint(tiny_tokenizer: ChannelTokenizer, name: str) -> None:
+def test_another_encoder_has_another_fingerprint(tiny_tokenizer: ChannelTokenizer, name: str) -> None:
     other = copy.deepcopy(tiny_tokenizer)
     assert other.token_fingerprint() == tiny_tokenizer.token_fingerprint()
     with torch.no_grad():
@@ -81,13 +81,11 @@ def test_a_generator_draws_the_same_tokens_with_the_refined_decoder_and_another_
     first, second = old([0, 2], seed=5), new([0, 2], seed=5)
     assert torch.equal(first.tokens, second.tokens)
     assert first.images[0].tobytes() != second.images[0].tobytes()
-    assert old.fingerprint != new.fingerprint  # what was measured of one is not taken for the other's
-    assert (
-        old.tokens_fingerprint == new.tokens_fingerprint
-    )  # but a drawing that one has begun, the other can go on with
+    assert old.fingerprint != new.fingerprint  # they do not share measurements
+    assert old.tokens_fingerprint == new.tokens_fingerprint  # but one can continue drawings of the other
 
 
-def test_a_refinement_that_stopped_goes_on_as_if_it_had_not(refine: Any, refined: Path, tmp_path: Path) -> None:
+def test_an_interrupted_refinement_is_resumed_exactly(refine: Any, refined: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert refine(folder, "--frozen-encoder", "--schedule", "constant", "--steps", 2).code == 0
     done = refine(folder, "--frozen-encoder", "--schedule", "constant", "--resume")
@@ -98,7 +96,7 @@ def test_a_refinement_that_stopped_goes_on_as_if_it_had_not(refine: Any, refined
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_without_it_the_whole_tokenizer_goes_on_from_the_weights_that_it_was_given(
+def test_without_a_frozen_encoder_the_whole_tokenizer_is_trained_further(
     refine: Any, tmp_path: Path, tiny_tokenizer: ChannelTokenizer
 ) -> None:
     assert refine(tmp_path / "run", "--learning-rate", 1e-6).code == 0
@@ -109,7 +107,7 @@ def test_without_it_the_whole_tokenizer_goes_on_from_the_weights_that_it_was_giv
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "line"),
     [
         (("--num-bits", 5), "num_bits is 5, but init_from"),
         # the default of another size is another size, too
@@ -119,14 +117,14 @@ def test_without_it_the_whole_tokenizer_goes_on_from_the_weights_that_it_was_giv
         (("--frozen-encoder", "--save-dtype", "bfloat16"), "save_dtype bfloat16 would round its encoder; take float32"),
     ],
 )
-def test_what_cannot_be_begun_with_is_one_line(refine: Any, tmp_path: Path, flags: tuple[Any, ...], told: str) -> None:
+def test_mistakes_are_one_line(refine: Any, tmp_path: Path, flags: tuple[Any, ...], line: str) -> None:
     done = refine(tmp_path / "run", *flags)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert told in done.err
+    assert line in done.err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_frozen_encoder_needs_tokens_to_keep(scripts: ScriptRunner, image_folder: Path, tmp_path: Path) -> None:
+def test_a_frozen_encoder_needs_a_tokenizer(scripts: ScriptRunner, image_folder: Path, tmp_path: Path) -> None:
     flags = ("--data-dir", image_folder, "--output-dir", tmp_path / "run", "--perceptual", "none", "--frozen-encoder")
     done = scripts("train_tokenizer.py", *flags)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
@@ -143,7 +141,7 @@ def test_a_tokenizer_saved_in_bfloat16_is_half_as_large_and_computes_in_float32(
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, exact[name].bfloat16().float())
-    # from then on the rounded weights are the tokenizer, and its decoder can be trained further in that format
+    # the rounded weights are the tokenizer now, and its decoder can be trained further in that format
     again = refine(tmp_path / "again", "--frozen-encoder", "--save-dtype", "bfloat16", "--init-from", tmp_path / "run")
     assert again.code == 0, again.err
     assert ChannelTokenizer.from_pretrained(tmp_path / "again").token_fingerprint() == model.token_fingerprint()

@@ -1,4 +1,4 @@
-"""Processes end when they should."""
+"""How processes end, and versions of packages."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from conftest import REPO
 
 from common.measuring import versions
 
-# the names in a traceback keep the loader alive to the very end
+# the names in a traceback keep the loader referenced until the process ends
 FAILS_WITH_A_READER = """
 from torch.utils.data import DataLoader
 from common import cli
@@ -23,8 +23,8 @@ cli.run(main)
 """
 
 
-def test_a_script_that_fails_does_not_wait_for_its_readers() -> None:
-    """They ignore SIGTERM, by which multiprocessing ends them before it waits for them."""
+def test_a_failed_script_does_not_wait_for_its_readers() -> None:
+    """They ignore SIGTERM, which multiprocessing sends before it joins them."""
     found = subprocess.run(
         [sys.executable, "-c", FAILS_WITH_A_READER], cwd=REPO, capture_output=True, text=True, timeout=60, check=False
     )
@@ -32,8 +32,8 @@ def test_a_script_that_fails_does_not_wait_for_its_readers() -> None:
     assert found.stderr.rstrip().endswith("RuntimeError: no such kernel")
 
 
-def test_others_processes_are_left_alone() -> None:
-    """A pool whose workers are killed at the end waits for ever for what they held."""
+def test_other_child_processes_are_not_killed() -> None:
+    """A pool whose workers are killed at exit waits without end for their locks."""
     script = """
 import multiprocessing
 import common.cli
@@ -46,7 +46,7 @@ assert pool.map(abs, [-1, 2]) == [1, 2]
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that was started from a bare folder must not end in an error over that."""
+    """Scripts also run from a folder that is not installed."""
     monkeypatch.setattr("common.measuring.PACKAGES", ("torch", "no-such-package"))
     found = versions(("pillow",))
     assert found["no-such-package"] == "(not installed)"

@@ -11,7 +11,8 @@ from oracles import sampling as oracle
 
 from common.errors import InputError
 from common.randomness import uniforms
-from generator.sampling import SamplingConfig, draw, filter_logits, guide, invert_cdf
+from generator.config import SamplingConfig
+from generator.sampling import draw, filter_logits, guidance_scales, guide, invert_cdf
 
 JUST_BELOW_ONE = math.nextafter(1.0, 0.0)
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -37,7 +38,7 @@ def test_filters_are_those_of_transformers(seed: int, temperature: float, top_k:
     torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), rtol=1e-12, atol=1e-12)
 
 
-def test_filters_leave_something_out() -> None:
+def test_filters_remove_tokens() -> None:
     logits = random_logits(0)
     assert (filter_logits(logits, 1.0, 0, 1.0) > -math.inf).all()
     assert (filter_logits(logits, 1.0, 7, 1.0) > -math.inf).sum(-1).tolist() == [7, 7, 7]
@@ -55,13 +56,6 @@ def test_top_k_keeps_ties_and_top_p_the_fewest() -> None:
     assert (filter_logits(logits, 1.0, 2, 1.0) > -math.inf).tolist() == [[True, True, True, True, False]]
     even = torch.zeros(1, 8, dtype=torch.float64)
     assert int((filter_logits(even, 1.0, 0, 0.5) > -math.inf).sum()) == 4
-
-
-def test_temperature_comes_before_top_p() -> None:
-    # odds 9:1; at temperature 2 they are 3:1, so 0.8 of the mass needs both
-    logits = torch.tensor([[9.0, 1.0]]).double().log()
-    assert int((filter_logits(logits, 1.0, 0, 0.8) > -math.inf).sum()) == 1
-    assert int((filter_logits(logits, 2.0, 0, 0.8) > -math.inf).sum()) == 2
 
 
 @FEW
@@ -87,7 +81,7 @@ def test_just_below_one_is_the_last_token_with_mass() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_without_mass_are_never_drawn(dtype: torch.dtype) -> None:
-    # odds of powers of two make every threshold exact, so uniforms can sit right on them
+    # odds of powers of two make every threshold exact, so uniforms can be equal to them
     logits = torch.full((1, 9), -math.inf, dtype=dtype)
     logits[0, [1, 2, 5, 7]] = math.log(2) * torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=dtype)
     numbers = [0.0, *(i / 64 for i in range(1, 64)), JUST_BELOW_ONE]
@@ -127,21 +121,14 @@ def test_drawn_frequencies_follow_the_odds(config: SamplingConfig) -> None:
     assert statistic < 50.8
 
 
-def test_temperature_zero_takes_the_most_likely() -> None:
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1e-20, 1e-38, 1e-45, 1e-300])
+def test_temperatures_near_zero_take_the_most_likely(temperature: float) -> None:
+    """Also where the quotient overflows float32."""
     logits = random_logits(5, rows=50).float()
     numbers = torch.from_numpy(np.random.default_rng(1).random(50))
-    for top_k, top_p in ((0, 1.0), (3, 0.2)):
-        config = SamplingConfig(temperature=0, top_k=top_k, top_p=top_p)
-        assert draw(logits, numbers, config).tolist() == logits.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-45, 1e-300])
-def test_a_tiny_temperature_takes_the_most_likely_too(temperature: float) -> None:
-    # the quotient overflows float32; the limit is still the argmax and not token 0
-    logits = random_logits(5, rows=50).float()
-    numbers = torch.from_numpy(np.random.default_rng(1).random(50))
-    found = draw(logits, numbers, SamplingConfig(temperature=temperature))
-    assert found.tolist() == logits.argmax(-1).tolist()
+    for filters in ({}, {"top_k": 3, "top_p": 0.2}):
+        found = draw(logits, numbers, SamplingConfig(temperature=temperature, **filters))
+        assert found.tolist() == logits.argmax(-1).tolist()
 
 
 def test_guidance_is_its_formula() -> None:
@@ -151,6 +138,14 @@ def test_guidance_is_its_formula() -> None:
     )
     torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
     torch.testing.assert_close(guide(conditional, unconditional, 0.0), unconditional)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "interval"])
+def test_guidance_scales_are_their_formulas(schedule: str) -> None:
+    shares = {"cfg_start": 0.25, "cfg_end": 0.5} if schedule == "interval" else {}
+    found = guidance_scales(SamplingConfig(cfg_scale=3.0, cfg_schedule=schedule, **shares), 256)
+    expected = [oracle.scale_at(j / 256, 3.0, schedule, 0.25, 0.5) for j in range(256)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
 def test_uniforms_are_a_function_of_seed_and_position() -> None:
@@ -165,8 +160,8 @@ def test_uniforms_are_a_function_of_seed_and_position() -> None:
     assert [uniforms([5], 16)[0, j].item() for j in range(16)] == [oracle.uniform_at(5, j) for j in range(16)]
 
 
-def test_uniforms_stay_what_they_were() -> None:
-    """Pictures that people saved by their seed must come out again: these numbers never change."""
+def test_uniforms_never_change() -> None:
+    """A seed must give the same picture in later versions."""
     expected = {
         0: [0.011546754286331562, 0.24154919656271812, 0.11142585551493822],
         12345: [0.6463801884227345, 0.7742675977164786, 0.7864362639285933],
@@ -181,21 +176,28 @@ def test_seeds_out_of_range_are_refused(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("settings_", "named"),
     [
-        *(("temperature", value) for value in (-0.1, -1e-9, math.nan, math.inf, -math.inf)),
-        *(("top_k", value) for value in (-1, -100)),
-        *(("top_p", value) for value in (0.0, -0.5, 1.0001, math.nan, math.inf)),
-        *(("cfg_scale", value) for value in (-0.1, math.nan, math.inf, -math.inf)),
+        *(({"temperature": value}, "temperature") for value in (-0.1, -1e-9, math.nan, math.inf, -math.inf)),
+        *(({"top_k": value}, "top_k") for value in (-1, -100)),
+        *(({"top_p": value}, "top_p") for value in (0.0, -0.5, 1.0001, math.nan, math.inf)),
+        *(({"cfg_scale": value}, "cfg_scale") for value in (-0.1, math.nan, math.inf, -math.inf)),
+        ({"cfg_schedule": "square"}, "square"),
+        ({"cfg_schedule": "interval", "cfg_start": 0.5, "cfg_end": 0.5}, "cfg_start"),
+        ({"cfg_schedule": "interval", "cfg_start": -0.1}, "cfg_start"),
+        ({"cfg_schedule": "interval", "cfg_end": 1.1}, "cfg_end"),
+        ({"cfg_schedule": "interval", "cfg_end": math.nan}, "cfg_end"),
+        ({"cfg_schedule": "linear", "cfg_end": 0.5}, "interval"),
     ],
 )
-def test_bad_sampling_settings_are_refused(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=name) as caught:
-        SamplingConfig(**{name: value})
+def test_bad_sampling_settings_are_refused(settings_: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named) as caught:
+        SamplingConfig(**settings_)
     assert "\n" not in str(caught.value)
-    assert str(value) in str(caught.value)
+    if len(settings_) == 1:
+        assert str(*settings_.values()) in str(caught.value)
 
 
-def test_sampling_settings_at_their_limits_are_taken() -> None:
+def test_sampling_settings_at_their_limits_are_accepted() -> None:
     SamplingConfig(temperature=0, top_k=0, top_p=1.0, cfg_scale=0)
     SamplingConfig(temperature=100, top_k=10**9, top_p=1e-12, cfg_scale=100)

@@ -1,7 +1,6 @@
-"""sample.py's ways to stop, to go on and to choose, as its users run them."""
+"""sample.py: drawings that stop, continue, refine sketches, run in several processes or out of memory."""
 
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from conftest import ScriptRunner
 from PIL import Image
 
 from common.images import load_image, to_float
+from generator.config import SamplingConfig
 from generator.drawing import Drawing
-from generator.pipeline import ChannelTokPipeline, best_of_each_class
-from generator.sampling import SamplingConfig
+from generator.pipeline import ChannelTokPipeline
 
 C = 16
 
@@ -53,10 +52,10 @@ def test_each_image_may_have_its_own_number(
 
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--cfg-scale", 2, "--cfg-schedule", "cosine"]])
-def test_continuing_in_place_is_one_run_and_leaves_the_other_rows_alone(
+def test_continuing_in_place_is_one_run_and_does_not_change_the_other_rows(
     scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, sampling: list[object]
 ) -> None:
-    """The issue's own words: sketches, two of them looked at and finished, with no setting said again."""
+    """Sketches of which two are finished, without naming any setting again."""
     words = ["--model", pipeline_folder, "--class-labels", 0, 3, "--samples-per-class", 4, "--seed", 9, *sampling]
     assert scripts("sample.py", *words, "--output-dir", "whole", cwd=tmp_path).code == 0
     assert scripts("sample.py", *words, "--num-tokens", 5, cwd=tmp_path).code == 0
@@ -75,9 +74,9 @@ def test_continuing_in_place_is_one_run_and_leaves_the_other_rows_alone(
     for row, length in enumerate(found.num_tokens.tolist()):
         assert torch.equal(found.tokens[row, :length], whole.tokens[row, :length])
     for row in (3, 7):
-        for name in (f"{row:05d}.png",):
-            with Image.open(tmp_path / "samples" / name) as one, Image.open(tmp_path / "whole" / name) as other:
-                assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+        name = f"{row:05d}.png"
+        with Image.open(tmp_path / "samples" / name) as one, Image.open(tmp_path / "whole" / name) as other:
+            assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
     # a preview below the prefix comes from the prefix
     assert {"previews/00003_k0004.png", "previews/00007_k0008.png"} <= names_in(tmp_path / "samples")
     # the rest in another folder, from rows of different lengths up to one length
@@ -91,11 +90,10 @@ def test_continuing_in_place_is_one_run_and_leaves_the_other_rows_alone(
 def test_other_settings_may_be_given_for_the_rest(
     scripts: ScriptRunner, pipeline_folder: Path, pipeline: ChannelTokPipeline, tmp_path: Path
 ) -> None:
-    assert (
-        scripts("sample.py", "--model", pipeline_folder, "--class-labels", 1, "--num-tokens", 4, cwd=tmp_path).code == 0
-    )
-    words = ["--model", pipeline_folder, "--continue-from", "samples/tokens.npz", "--temperature", 0]
-    assert scripts("sample.py", *words, cwd=tmp_path).code == 0
+    continued = ["--continue-from", "samples/tokens.npz", "--temperature", 0]
+    for words in (["--class-labels", 1, "--num-tokens", 4], continued):
+        done = scripts("sample.py", "--model", pipeline_folder, *words, cwd=tmp_path)
+        assert done.code == 0, done.err
     found = Drawing.load(tmp_path / "samples" / "tokens.npz")
     prefix = pipeline([1], num_tokens=4).tokens
     assert torch.equal(found.tokens, pipeline([1], prefix=prefix, temperature=0).tokens)
@@ -135,25 +133,8 @@ def test_sketch_many_refine_few(
         assert torch.equal(drawing.tokens[row, :length], whole[row, :length])
 
 
-def test_a_scorer_is_any_callable_and_may_look_at_the_pictures(pipeline: ChannelTokPipeline) -> None:
-    def brightest(step):
-        return [np.asarray(picture).mean() for picture in step.preview()]
-
-    sketches = pipeline([1] * 6, num_tokens=3)
-    best = max(range(6), key=lambda i: np.asarray(sketches.images[i]).mean())
-    *_, last = pipeline.refine([1] * 6, 3, 1, scorer=brightest)
-    assert last.lengths == tuple(16 if i == best else 3 for i in range(6))
-    with pytest.raises(ValueError, match="scorer"):
-        list(pipeline.refine([1] * 6, 3, 1, scorer=lambda step: [1.0]))
-
-
-def test_best_of_each_class() -> None:
-    assert best_of_each_class([0, 0, 0, 1, 1], [1.0, 3.0, 3.0, -5.0, -6.0], 1) == [1, 3]
-    assert best_of_each_class([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0], 5) == [0, 1, 2, 3]
-
-
 def test_a_deadline_is_kept(scripts: ScriptRunner, slow_pipeline_folder: Path, tmp_path: Path) -> None:
-    """A generous one draws all; one that is too short draws a start, which is that of the whole."""
+    """A long one draws all; one that is too short draws the start of the whole drawing."""
     pipeline = ChannelTokPipeline.from_pretrained(slow_pipeline_folder, "cpu")
     whole = pipeline([1, 2], seed=3)
     assert pipeline([1, 2], seed=3, deadline=600).lengths == (C, C)
@@ -166,8 +147,8 @@ def test_a_deadline_is_kept(scripts: ScriptRunner, slow_pipeline_folder: Path, t
     assert "1 images of 1 tokens" in done.err
 
 
-def test_the_clock_of_a_deadline_is_the_wall(pipeline: ChannelTokPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 20 ms and a decoder said to take 100 ms: 300 ms hold at most nine tokens."""
+def test_a_deadline_is_in_seconds(pipeline: ChannelTokPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 ms and a decoder of 100 ms: 300 ms are enough for nine tokens at most."""
     real = pipeline.engine.advance
 
     def slow(*arguments, **options):
@@ -190,41 +171,74 @@ def test_stable_pictures_stop_from_the_command_line(
     assert Drawing.load(tmp_path / "samples" / "tokens.npz").num_tokens.tolist() == [C, C]
 
 
-# what a batch of that many rows asks for is more than there is
+# batches of more than 3 rows need more memory than there is
 SCARCE = """
 import torch, generator.decode
 real = generator.decode.CachedDecoder.new_cache
 def new_cache(self, num_rows, capacity):
     if num_rows > 3:
-        torch.empty(1 << 60, dtype=torch.uint8)  # a real refusal, worded as the device words it
+        torch.empty(1 << 60, dtype=torch.uint8)  # raises the error of the device
     return real(self, num_rows, capacity)
 generator.decode.CachedDecoder.new_cache = new_cache
 """
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
-) -> None:
+def test_out_of_memory_halves_the_batch(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
     words = ["--model", pipeline_folder, "--class-labels", *range(5), "--samples-per-class", 2]
     assert scripts("sample.py", *words, "--output-dir", "plenty", cwd=tmp_path).code == 0
     done = scripts("sample.py", *words, before=SCARCE, cwd=tmp_path)
     assert done.code == 0, done.err
-    assert re.findall(r"with (\d+) images side by side; going on with (\d+)", done.err) == [("10", "5"), ("5", "2")]
+    found = re.findall(r"with (\d+) images in a batch; continuing with (\d+)", done.err)
+    assert found == [("10", "5"), ("5", "2")]
     one, other = (Drawing.load(tmp_path / name / "tokens.npz") for name in ("plenty", "samples"))
     assert torch.equal(one.tokens, other.tokens)
-
-
-def test_out_of_memory_with_one_image_is_one_line(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
-    scarce = SCARCE.replace("> 3", "> 0")
-    done = scripts("sample.py", "--model", pipeline_folder, "--class-labels", 0, before=scarce, cwd=tmp_path)
+    # one image does not fit either
+    done = scripts("sample.py", *words, "--output-dir", "none", before=SCARCE.replace("> 3", "> 0"), cwd=tmp_path)
     assert done.code == 2, done.err
-    assert "out of memory" in done.err
+    assert "out of memory" in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
-    assert names_in(tmp_path) == set()
+    assert names_in(tmp_path / "none") == set()
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+def same_drawing(found: Path, expected: Path) -> None:
+    """Equal file names, pictures and tokens."""
+    assert names_in(found) == names_in(expected)
+    for name in names_in(expected):
+        if name.endswith(".png"):
+            assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    one, other = (Drawing.load(folder / "tokens.npz") for folder in (found, expected))
+    assert torch.equal(one.tokens, other.tokens)
+    assert one.num_tokens.tolist() == other.num_tokens.tolist()
+    assert (one.class_labels, one.seeds) == (other.class_labels, other.seeds)
+
+
+@pytest.mark.parametrize("processes", [2, 4])  # the fourth has no batch
+def test_several_processes_write_what_one_does(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, processes: int
+) -> None:
+    words = ["--model", pipeline_folder, "--class-labels", *range(5), "--batch-size", 2, "--previews", 3]
+    for folder, count in (("one", 1), ("many", processes)):
+        lengths = ["--num-tokens", 8, 4, 16, 9, 5]
+        done = scripts("sample.py", *words, *lengths, "--output-dir", folder, cwd=tmp_path, processes=count)
+        assert done.code == 0, done.err
+        assert done.err.count("5 images of 4 to 16 tokens written") == 1
+    same_drawing(tmp_path / "many", tmp_path / "one")
+    for folder, count in (("one", 1), ("many", processes)):
+        rows = ["--rows", 4, 1, 3, "--continue-from", f"{folder}/tokens.npz"]
+        continued = ["--model", pipeline_folder, "--batch-size", 2, *rows, "--output-dir", folder]
+        done = scripts("sample.py", *continued, cwd=tmp_path, processes=count)
+        assert done.code == 0, done.err
+    same_drawing(tmp_path / "many", tmp_path / "one")
+    assert Drawing.load(tmp_path / "many" / "tokens.npz").num_tokens.tolist() == [8, 16, 16, 16, 16]
+
+
+# ------------------------------------------------------------------------------------- compiled
 
 
 def test_compile_draws_the_same(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "samples", ignore_errors=True)
     words = ["--model", pipeline_folder, "--class-labels", 0]
     assert scripts("sample.py", *words, "--output-dir", "eager", cwd=tmp_path).code == 0
     done = scripts("sample.py", *words, "--compile", "true", cwd=tmp_path)

@@ -49,7 +49,7 @@ def test_a_loader_gives_whole_batches(store: TokenStore, workers: int) -> None:
             assert found.tolist() in tokens[row].tolist()
 
 
-def test_a_worker_does_not_move_the_place_where_another_process_reads(store: TokenStore) -> None:
+def test_a_worker_does_not_change_the_file_position_of_another_process(store: TokenStore) -> None:
     dataset = TokenDataset(store, "train", None)
     dataset.__getitems__([(0, 0)])
     place = dataset._files[0][0].tell()
@@ -82,7 +82,7 @@ def test_a_shard_is_read_whole_once(store: TokenStore, monkeypatch: pytest.Monke
     assert checked == [2]
     for _ in range(3):
         dataset.__getitems__([(row, 1) for row in range(11)])
-    copy.deepcopy(dataset).__getitems__([(0, 0)])  # as a worker that is not forked gets it
+    copy.deepcopy(dataset).__getitems__([(0, 0)])  # as in a worker that is not forked
     dataset.counts()
     assert sorted(checked) == [0, 1, 2]
 
@@ -96,15 +96,14 @@ def test_nothing_is_trained_on_a_shard_with_a_flipped_bit(
     data[-8] ^= 1  # a token, or a label, that is possible, too
     (tmp_path / "store" / name).write_bytes(data)
     sizes = ("--num-layers", 1, "--num-heads", 2, "--hidden-size", 32, "--intermediate-size", 32, "--batch-size", 4)
-    done = scripts(
-        "train_ar.py", "--tokens", tmp_path / "store", "--output-dir", tmp_path / "run", "--steps", 2, *sizes
-    )
+    folders = ("--tokens", tmp_path / "store", "--output-dir", tmp_path / "run")
+    done = scripts("train_ar.py", *folders, "--steps", 2, "--prior-steps", 2, *sizes)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert f"{name} is missing or damaged" in done.err
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_told(store: TokenStore) -> None:
+def test_a_file_cut_while_it_is_read_is_reported(store: TokenStore) -> None:
     dataset = TokenDataset(store, "train", None)
     dataset.__getitems__([(0, 0)])
     os.truncate(store.folder / "train-00000.tokens.npy", 128 + 2 * C)
@@ -130,7 +129,7 @@ def test_views_are_a_function_of_seed_image_and_epoch(store: TokenStore) -> None
     # any order of reading, as after a resume
     assert views_shown(dataset, range(20, 40)) == shown[20:]
     assert views_shown(TokenDataset(store, "train", 8), range(40)) != shown
-    # and in any company: epochs may be mixed, and rows be asked for alone
+    # and in any batch: epochs may be mixed, and rows be read one at a time
     for row, epoch in ((3, 5), (10, 39), (0, 12)):
         batch = dataset.__getitems__([(0, 1), (row, epoch), (5, 2)])
         assert torch.equal(batch.tokens[1], everything()[0][row, shown[epoch][row]])

@@ -14,26 +14,26 @@ FLAGS = [
     *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none"),
 ]
 
-# the process ends itself as `kill -9` would: between two steps, or with a checkpoint half written
+# SIGKILL between two steps, or with a checkpoint half written
 KILL_IN_STEP = """
 import os, signal
 from common import training
 step = training.Loop._step
-def dying(self, *arguments):
+def killed(self, *arguments):
     if self.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-training.Loop._step = dying
+training.Loop._step = killed
 """
 KILL_IN_CHECKPOINT = """
 import os, signal
 from common import resuming
 save = resuming.save_tensors
-def dying(path, tensors):
+def killed(path, tensors):
     save(path, tensors)
     if "step-00000006" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-resuming.save_tensors = dying
+resuming.save_tensors = killed
 """
 
 
@@ -63,7 +63,7 @@ def log(folder):
 
 
 def mistake(done):
-    """The one line of a run that was refused."""
+    """The single line of stderr of a refused run."""
     assert done.code == 2, done.err
     assert done.err.count("\n") == 1, done.err
     assert done.err.startswith("train_tokenizer.py: error: ")
@@ -95,30 +95,19 @@ def test_a_run_writes_model_checkpoints_pictures_and_log(unbroken):
     assert {"l1", "token_entropy", "codebook_entropy", "commitment"} <= reported[-1].keys()
 
 
-def test_the_written_model_is_the_average_and_not_the_start(train, unbroken, tmp_path):
-    other = tmp_path / "run"
-    assert train(other, "--ema-decay", 0).code == 0
-    assert (other / "model.safetensors").read_bytes() != (unbroken / "model.safetensors").read_bytes()
-
-
-def test_another_seed_gives_another_model(train, unbroken, tmp_path):
-    assert train(tmp_path / "run", "--seed", 4).code == 0
+@pytest.mark.parametrize("flags", [("--ema-decay", 0), ("--seed", 4)])
+def test_average_and_seed_change_the_model(train, unbroken, tmp_path, flags):
+    assert train(tmp_path / "run", *flags).code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != (unbroken / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("kill", "resumed_from", "workers"), [(KILL_IN_STEP, 4, 0), (KILL_IN_CHECKPOINT, 4, 1)], ids=["step", "checkpoint"]
-)
-def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(
-    train, unbroken, tmp_path, kill, resumed_from, workers
-):
-    folder = tmp_path / "run"
-    assert train(folder, before=kill).code == -9
+def resume(train, folder, unbroken, *flags):
+    """Resume a run from step 4, and compare its files with those of an unbroken one."""
     whole = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
-    assert max(whole) == f"step-{resumed_from:08d}"
-    done = train(folder, "--resume", "--num-workers", workers)
+    assert max(whole) == "step-00000004"
+    done = train(folder, "--resume", *flags)
     assert done.code == 0, done.err
-    assert f"resumed at step {resumed_from} of 8" in done.err
+    assert "resumed at step 4 of 8" in done.err
     for name in (
         "model.safetensors",
         "log.jsonl",
@@ -126,6 +115,11 @@ def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(
         "checkpoints/step-00000008/training.safetensors",
     ):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+def test_a_run_killed_in_a_checkpoint_is_resumed_with_the_bits_of_an_unbroken_one(train, unbroken, tmp_path):
+    assert train(tmp_path / "run", before=KILL_IN_CHECKPOINT).code == -9
+    resume(train, tmp_path / "run", unbroken, "--num-workers", 1)
 
 
 @pytest.fixture
@@ -136,12 +130,10 @@ def halted(train, tmp_path):
     return folder
 
 
-def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(train, halted, unbroken):
+def test_a_run_killed_in_a_step_and_in_a_line_of_the_log_is_resumed_likewise(train, halted, unbroken):
     with (halted / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "learning_ra')
-    done = train(halted, "--resume")
-    assert done.code == 0, done.err
-    assert log(halted) == log(unbroken)
+    resume(train, halted, unbroken)
 
 
 @pytest.mark.parametrize(
@@ -167,25 +159,17 @@ def test_a_resume_with_other_images_is_refused(train, data, tmp_path):
     assert everything(folder) == before
 
 
-def test_a_resume_of_a_run_that_is_complete_changes_nothing(train, unbroken):
+def test_a_complete_run_is_neither_continued_nor_overwritten(train, unbroken):
     before = everything(unbroken)
     done = train(unbroken, "--resume")
     assert done.code == 0, done.err
-    assert everything(unbroken) == before
-
-
-def test_a_folder_that_holds_a_run_is_not_written_over(train, unbroken):
-    before = everything(unbroken)
     assert "--resume" in mistake(train(unbroken))
     assert everything(unbroken) == before
 
 
-def test_a_resume_without_a_checkpoint_is_refused(train, tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_refused(train, halted, tmp_path):
     assert str(tmp_path / "new") in mistake(train(tmp_path / "new", "--resume"))
-    assert everything(tmp_path) == {}
-
-
-def test_a_damaged_checkpoint_is_refused(train, halted):
+    assert not (tmp_path / "new").exists()
     weights = halted / "checkpoints" / "step-00000004" / "training.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     assert str(weights) in mistake(train(halted, "--resume"))
@@ -201,8 +185,7 @@ def test_a_missing_folder_is_refused(train, data, tmp_path, missing):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("content", [None, "notes.txt"])
+@pytest.mark.parametrize(("split", "content"), [("train", None), ("val", "notes.txt")])
 def test_an_empty_class_folder_is_refused(train, data, tmp_path, split, content):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / split / "empty").mkdir()

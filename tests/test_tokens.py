@@ -47,7 +47,7 @@ def test_tokens_of_sixteen_bits_fit(tmp_path: Path) -> None:
     assert store.read_shard("train", 0)[0].tolist() == [[[0, 65535, 32768, 1]]]
 
 
-def test_tokens_are_stored_row_by_row_however_they_lie_in_memory(store: TokenStore) -> None:
+def test_tokens_of_any_memory_layout_are_stored_row_by_row(store: TokenStore) -> None:
     tokens, labels = content("train", 0)
     store.write_shard("train", 0, tokens.permute(2, 1, 0).contiguous().permute(2, 1, 0), labels, [])
     assert np.array_equal(store.read_shard("train", 0)[0], tokens)
@@ -202,7 +202,7 @@ def test_impossible_arrays_are_not_read(store: TokenStore, name: str, array: np.
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_shard_that_is_not_this_stores_is_refused(store: TokenStore, change: dict[str, object], match: str) -> None:
+def test_a_shard_of_another_store_is_refused(store: TokenStore, change: dict[str, object], match: str) -> None:
     path = store.folder / "train-00002.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=match) as caught:

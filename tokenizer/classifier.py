@@ -1,7 +1,7 @@
 """Training the small classifier of `common.classifier` on photographs with classes."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.checkpoint import read_json
-from common.classifier import ClassifierConfig, PictureClassifier
+from common.classifier import PictureClassifier
+from common.config import ClassifierConfig
 from common.errors import InputError
 from common.images import to_float
 from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer
-from common.steps import LoopConfig, Part
+from common.steps import Part
 from common.training import Loop, RunTasks, StepLoss
-from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate
-from tokenizer.sources import DataConfig, check_same_classes, open_source
+from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate
+from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
+from tokenizer.sources import check_same_classes, open_source
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "features.safetensors"
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierTrainingConfig(LoopConfig):
-    """Settings of `benchmark.py features` beside the network's and those of the data."""
-
-    label_smoothing: float = field(default=0.1, metadata={"help": "share of a label that is spread over all classes"})
-    class_names: str | None = field(
-        default=None, metadata={"help": "JSON file: class folder -> name; default: the folder's"}
-    )
-    strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
-    compile: bool = field(default=False, metadata={"help": "compile the network with torch.compile"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
 
 
 def train_classifier(

@@ -1,19 +1,15 @@
-"""The tokenizer's configuration: what is built, checked before anything is built."""
+"""Architecture of the tokenizer; imports no torch."""
 
-import difflib
-from dataclasses import field, fields
-from typing import Any
-
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from dataclasses import dataclass, field
 
 from common.errors import InputError
 
+SSIM_WINDOW = 11  # pixels
 GROUPS = 32  # of every GroupNorm, so every width is a multiple of it
 
 
-@strict
-class TokenizerConfig(PreTrainedConfig):
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
     """Architecture of a `ChannelTokenizer`; the defaults are the tokenizer that the paper's generator uses.
 
     Encoder: space-to-depth by `patch_size`, then len(encoder_widths) - 1 stages with a halving between
@@ -25,8 +21,6 @@ class TokenizerConfig(PreTrainedConfig):
     Raises:
         InputError: sizes that do not fit one another; the line says which and what is allowed.
     """
-
-    model_type = "channeltok"
 
     image_size: int = field(default=256, metadata={"help": "height and width of an image, in pixels"})
     num_channels: int = field(default=256, metadata={"help": "C: channels of the latent, and tokens of an image"})
@@ -49,13 +43,7 @@ class TokenizerConfig(PreTrainedConfig):
     )  # fmt: skip
     num_heads: int = field(default=8, metadata={"help": "attention heads"})
 
-    def __post_init__(self, **kwargs):
-        known = {*self.architecture(), *dir(PreTrainedConfig())}
-        for name in kwargs:
-            if name not in known and not name.startswith("_"):
-                close = difflib.get_close_matches(name, self.architecture(), n=2) or sorted(self.architecture())
-                raise InputError(f"TokenizerConfig has no {name!r}; did you mean {' or '.join(close)}?")
-        super().__post_init__(**kwargs)
+    def __post_init__(self) -> None:
         for name in ("image_size", "num_channels", "latent_size", "num_bits", "patch_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -89,11 +77,6 @@ class TokenizerConfig(PreTrainedConfig):
                 f"image_size {self.image_size} and latent_size {self.latent_size}; take a smaller patch_size"
             )
 
-    def architecture(self) -> dict[str, Any]:
-        """This class's own fields, without what transformers adds to every configuration."""
-        inherited = {entry.name for entry in fields(PreTrainedConfig)}
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in inherited}
-
     @property
     def codebook_size(self) -> int:
         """Number of different tokens, 2**num_bits."""
@@ -114,3 +97,19 @@ class TokenizerConfig(PreTrainedConfig):
         """Height and width of a decoded image, in pixels."""
         doublings = self.latent_upsamplings + len(self.decoder_widths) - 1
         return self.latent_size * 2**doublings * self.patch_size
+
+
+def evaluation_lengths(num_channels: int) -> list[int]:
+    """1, 4, 16, 64, ... and num_channels: the k at which quality is reported."""
+    lengths = []
+    k = 1
+    while k < num_channels:
+        lengths.append(k)
+        k *= 4
+    return [*lengths, num_channels]
+
+
+def check_ssim_size(image_size: int) -> None:
+    """Refuse pictures in which no window of SSIM has a place."""
+    if image_size < SSIM_WINDOW:
+        raise InputError(f"pictures have {image_size} pixels a side; SSIM needs at least {SSIM_WINDOW}")

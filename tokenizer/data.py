@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,24 +12,10 @@ from torch.utils.data import Dataset
 from common.errors import InputError
 from common.images import MIDDLE_SQUARE, Crop, UnreadableImageError, load_image
 from common.randomness import Stream, generator_for
+from tokenizer.settings import AugmentationConfig
 from tokenizer.sources import ImageSource
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
-    """What is random about an image in training."""
-
-    random_flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
-    min_crop: float = field(
-        default=1.0,
-        metadata={"help": "smallest share of the shorter side that a random square keeps; 1 = the middle square"},
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_crop <= 1:
-            raise InputError(f"min_crop is {self.min_crop}; it must be in (0, 1], 1 keeps the middle square")
 
 
 @dataclass(frozen=True, kw_only=True)

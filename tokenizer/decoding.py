@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.config import DTYPES
 from common.errors import InputError
 from common.images import to_uint8
-from common.runtime import DTYPES, check_can_compile, has_fast_bfloat16, is_out_of_memory
+from common.runtime import check_can_compile, has_fast_bfloat16, is_out_of_memory, pick_dtype
 from tokenizer.autoencoder import Decoder
 from tokenizer.tokenizer import ChannelTokenizer
-from tokenizer.winograd import use_winograd
+from tokenizer.winograd import exclude_from_compilation, use_winograd
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,14 @@ class PictureDecoder:
         self.device = tokenizer.device
         if dtype is None:
             dtype = torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
-        if dtype not in DTYPES.values():
+        if dtype not in map(pick_dtype, DTYPES):
             raise InputError(f"dtype is {dtype}; pictures are decoded in {' or '.join(DTYPES)}")
         if compile:
             check_can_compile(self.device)
         self.dtype = dtype
         decoder = _fastest_layout(tokenizer, dtype)
+        if compile:
+            exclude_from_compilation(decoder)
         self._decode: Callable[[Tensor], Tensor] = torch.compile(decoder) if compile else decoder
         self._at_once = max(1, PIXELS_AT_ONCE // tokenizer.config.image_size**2)
         self._is_short_of_memory = False

@@ -4,55 +4,14 @@ As in the VQGAN family (Esser et al., 2021, arXiv 2012.09841), with GroupNorm, w
 alone: so a judgement depends neither on the batch nor on the number of processes.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
 from tokenizer.layers import group_norm
+from tokenizer.settings import GanConfig
 
 MAX_ADAPTIVE_WEIGHT = 1e4
-
-
-@dataclass(frozen=True, kw_only=True)
-class GanConfig:
-    """The adversarial part of the tokenizer's training; gan_weight 0 leaves it out."""
-
-    gan_weight: float = field(default=0.0, metadata={"help": "weight of the adversarial loss; 0 = no discriminator"})
-    gan_weighting: Literal["fixed", "adaptive"] = field(
-        default="fixed",
-        metadata={"help": "adaptive: times the ratio of the two losses' gradients at the decoder's last layer"},
-    )
-    gan_start_step: int = field(default=0, metadata={"help": "step from which on the discriminator plays"})
-    gan_learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of the discriminator, constant"})
-    gan_width: int = field(default=64, metadata={"help": "channels of the discriminator's first layer"})
-    gan_layers: int = field(default=3, metadata={"help": "halvings of the picture in the discriminator"})
-
-    def __post_init__(self) -> None:
-        if not self.gan_weight >= 0:
-            raise InputError(f"gan_weight is {self.gan_weight}; it must not be negative")
-        if self.gan_weighting not in ("fixed", "adaptive"):
-            raise InputError(f"gan_weighting is {self.gan_weighting!r}; allowed: fixed, adaptive")
-        if self.gan_start_step < 0:
-            raise InputError(f"gan_start_step is {self.gan_start_step}; it must not be negative")
-        if not self.gan_learning_rate > 0:
-            raise InputError(f"gan_learning_rate is {self.gan_learning_rate}; it must be above 0")
-        if self.gan_width < 32 or self.gan_width % 32:
-            raise InputError(f"gan_width is {self.gan_width}; it must be a multiple of 32 (GroupNorm)")
-        if not 1 <= self.gan_layers <= 6:
-            raise InputError(f"gan_layers is {self.gan_layers}; it must be in 1..6")
-
-    def check_image_size(self, image_size: int) -> None:
-        """Refuse pictures that are too small to leave a patch to judge."""
-        smallest = 4 * 2**self.gan_layers
-        if self.gan_weight > 0 and image_size < smallest:
-            raise InputError(
-                f"gan_layers {self.gan_layers} needs images of {smallest} pixels or more, image_size is {image_size}; "
-                "take fewer gan_layers, or gan_weight 0"
-            )
 
 
 class PatchDiscriminator(nn.Module):

@@ -1,6 +1,5 @@
 """Images to tokens in bulk, each image once or in several views."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import ten_crop
 
 from common.images import to_float
-from common.runtime import move
 from tokenizer.data import ImageDataset, UnreadableFiles, collate
 from tokenizer.sources import ImageSource
 from tokenizer.tokenizer import ChannelTokenizer
@@ -43,11 +41,10 @@ VIEWS = {
 }
 
 
-def as_it_was_saved(tokenizer: ChannelTokenizer) -> ChannelTokenizer:
-    """A copy in bfloat16 of one whose weights all are exact there, half the size; otherwise itself."""
-    if any((weight != weight.bfloat16()).any() for weight in tokenizer.state_dict().values()):
-        return tokenizer
-    return move(copy.deepcopy(tokenizer), dtype=torch.bfloat16)
+def exact_dtype(tokenizer: ChannelTokenizer) -> torch.dtype:
+    """bfloat16 if it holds all weights exactly, otherwise float32: the format to save a copy in."""
+    exact = all(bool((weight == weight.bfloat16()).all()) for weight in tokenizer.parameters())
+    return torch.bfloat16 if exact else torch.float32
 
 
 def tokenize_files(

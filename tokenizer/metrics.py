@@ -3,22 +3,11 @@
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from common.images import to_uint8
+from tokenizer.config import check_ssim_size
 from tokenizer.tokenizer import ChannelTokenizer
 
 PEAK = 255.0
-SSIM_WINDOW = 11
-
-
-def evaluation_lengths(num_channels: int) -> list[int]:
-    """1, 4, 16, 64, ... and num_channels: the k at which quality is reported."""
-    lengths = []
-    k = 1
-    while k < num_channels:
-        lengths.append(k)
-        k *= 4
-    return [*lengths, num_channels]
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
@@ -47,12 +36,6 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     if not isinstance(similarity, Tensor):
         raise TypeError("torchmetrics gave more than the similarity")
     return similarity
-
-
-def check_ssim_size(image_size: int) -> None:
-    """Refuse pictures in which no window of SSIM has a place."""
-    if image_size < SSIM_WINDOW:
-        raise InputError(f"pictures have {image_size} pixels a side; SSIM needs at least {SSIM_WINDOW}")
 
 
 @torch.no_grad()

@@ -10,17 +10,12 @@ from common.model_state import AuxiliaryModel, call_frozen
 from common.runtime import send
 from common.steps import Part
 from common.training import Loop, StepLoss
-from tokenizer.discriminator import (
-    GanConfig,
-    PatchDiscriminator,
-    discriminator_loss,
-    gradient_ratio,
-    last_layer_gradients,
-)
-from tokenizer.losses import TokenizerLossConfig, tokenizer_loss
+from tokenizer.discriminator import PatchDiscriminator, discriminator_loss, gradient_ratio, last_layer_gradients
+from tokenizer.losses import tokenizer_loss
 from tokenizer.perceptual import ClassifierDistance, PerceptualDistance
 from tokenizer.rate import RateTerm, bit_flips
-from tokenizer.tail_drop import TailDropConfig, draw_num_tokens, prefix_mask
+from tokenizer.settings import GanConfig, TailDropConfig, TokenizerLossConfig
+from tokenizer.tail_drop import draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
 
 DISCRIMINATOR, PRIOR = "opponent", "prior"  # names of the auxiliary models in checkpoints and logs

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from common.errors import InputError
 from tokenizer.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _paper_512() -> TokenizerConfig:
@@ -55,7 +57,7 @@ def published_config(name: str) -> TokenizerConfig:
     return PUBLISHED_TOKENIZERS[name]()
 
 
-def _check_bit_order(weights: Tensor, path: str | Path) -> None:
+def _check_bit_order(weights: "Tensor", path: str | Path) -> None:
     expected = [2**i for i in reversed(range(len(weights)))]
     if weights.tolist() != expected:
         raise InputError(f"{path}: {BIT_WEIGHTS} is {weights.tolist()}; only first bit most significant is known")
@@ -80,7 +82,7 @@ def _renumber(names: set[str]) -> dict[str, str]:
     return new
 
 
-def rename_published_keys(state: dict[str, Tensor], prefix: str, path: str | Path) -> dict[str, Tensor]:
+def rename_published_keys(state: dict[str, "Tensor"], prefix: str, path: str | Path) -> dict[str, "Tensor"]:
     """Published key names -> ours. Every key must begin with `prefix`, which is removed."""
     foreign = [key for key in state if not key.startswith(prefix)]
     if foreign:

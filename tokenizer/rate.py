@@ -7,7 +7,6 @@ straight-through gradients; ChannelTok (arXiv 2606.04461) has no such term.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -15,71 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from common.bit_prior import BitPrior
-from common.errors import InputError
 from common.model_state import AuxiliaryModel, call_frozen
 from common.randomness import Stream
 from common.runtime import send
 from common.steps import Part
 from tokenizer.bsq import straight_through, unpack_bits
-from tokenizer.metrics import evaluation_lengths
+from tokenizer.config import evaluation_lengths
+from tokenizer.settings import RateConfig
 
 PRIOR_BETAS = (0.9, 0.99)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateConfig:
-    """Settings of the rate term, its prior, and bit noise.
-
-    The weight of a token's rate changes linearly from the first channel to the last, and rises from 0 over the first
-    `rate_warmup_steps`. A weight that rises along the channels gives a lower rate at equal quality than a constant one
-    (docs/lab.md).
-    """
-
-    rate_weight: float = field(
-        default=0.0,
-        metadata={"help": "weight of the first channel's rate, per nat and token; 0 without late_rate_weight: no rate "
-                  "term"},
-    )  # fmt: skip
-    late_rate_weight: float | None = field(
-        default=None, metadata={"help": "weight of the last channel's rate, linear between; default: rate_weight"}
-    )
-    rate_warmup_steps: int = field(default=1000, metadata={"help": "steps over which the weights rise from 0"})
-    prior_learning_rate: float = field(
-        default=1e-3, metadata={"help": "peak learning rate of the prior; follows the tokenizer's schedule"}
-    )
-    prior_l2_weight: float = field(
-        default=1e-5, metadata={"help": "coefficient of the L2 penalty on the prior's weights"}
-    )
-    prior_label_dropout: float = field(
-        default=0.1, metadata={"help": "probability that the prior is given the null label, in [0, 1]"}
-    )
-    bit_noise: float = field(
-        default=0.0,
-        metadata={"help": "probability in [0, 0.5] that a bit of the last channel is flipped before the decoder; "
-                  "that of channel c of C is c/C of it"},
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for name in ("rate_weight", "late_rate_weight", "rate_warmup_steps", "prior_l2_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"{name} is {value}; it must be finite and not negative")
-        if not 0 < self.prior_learning_rate < math.inf:
-            raise InputError(f"prior_learning_rate is {self.prior_learning_rate}; it must be finite and above 0")
-        for name, most in (("prior_label_dropout", 1), ("bit_noise", 0.5)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, {most}]")
-
-    @property
-    def has_rate(self) -> bool:
-        """Whether a rate weight is above 0."""
-        return max(self.rate_weight, self.late_rate_weight or 0) > 0
-
-    def weights_at(self, step: int, num_channels: int) -> Tensor:
-        """Weight of each channel's rate at a step: (c,) float32."""
-        late = self.rate_weight if self.late_rate_weight is None else self.late_rate_weight
-        share = min((step + 1) / max(self.rate_warmup_steps, 1), 1.0)
-        return share * torch.linspace(self.rate_weight, late, num_channels)
 
 
 def rate_figures(nats: Tensor) -> dict[str, Tensor]:
@@ -92,6 +35,13 @@ def rate_figures(nats: Tensor) -> dict[str, Tensor]:
         name = f"nats_{end}" if end == start + 1 else f"nats_{start + 1}_{end}"
         figures[name] = nats[:, start:end].mean()
     return figures
+
+
+def rate_weights(config: RateConfig, step: int, num_channels: int) -> Tensor:
+    """Weight of each channel's rate at a step: (c,) float32."""
+    late = config.rate_weight if config.late_rate_weight is None else config.late_rate_weight
+    share = min((step + 1) / max(config.rate_warmup_steps, 1), 1.0)
+    return share * torch.linspace(config.rate_weight, late, num_channels)
 
 
 class RateTerm:
@@ -132,7 +82,7 @@ class RateTerm:
         labels = torch.where(dropped, self.prior.null_label, class_labels)
         bits = straight_through(vectors) * vectors.shape[-1] ** 0.5
         nats: Tensor = call_frozen(self.prior, bits, labels)
-        weights = send(self.config.weights_at(part.step, nats.shape[1]), nats.device)
+        weights = send(rate_weights(self.config, part.step, nats.shape[1]), nats.device)
         rate = torch.where(keep, weights * nats, 0.0).sum() / keep.numel()
         terms = {"rate": rate, **rate_figures(nats.detach())}
         return terms, partial(self._prior_loss, bits=bits.detach(), labels=labels)

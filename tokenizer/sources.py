@@ -6,7 +6,6 @@ nothing is streamed. Images come as files or bytes and are decoded by `common.im
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,43 +14,13 @@ from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder
 
 from common.errors import InputError
+from tokenizer.settings import DataConfig
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 MAX_CLASSES = 1_000_000  # beyond it a column of integers holds something else than classes
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 BINARY = ("binary", "large_binary")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images: exactly one of `data_dir` and `dataset`."""
-
-    data_dir: str | None = field(default=None, metadata={"help": "folder with train/<class>/* and val/<class>/*"})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "in place of data_dir: a data set on the Hugging Face hub, such as ILSVRC/imagenet-1k, "
-                  "or a local folder of parquet files or of WebDataset tars"},
-    )  # fmt: skip
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of --dataset, where it has several"}
-    )
-    train_split: str = field(default="train", metadata={"help": "split of --dataset to train on"})
-    val_split: str = field(default="validation", metadata={"help": "split of --dataset that is held out"})
-    image_column: str | None = field(
-        default=None, metadata={"help": "column of --dataset with the images; default: the only one of type Image"}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "column of --dataset with the classes; default: label, or cls, or one class"}
-    )
-
-    def __post_init__(self) -> None:
-        if (self.data_dir is None) == (self.dataset is None):
-            given = "neither" if self.data_dir is None else "both"
-            raise InputError(f"{given} of data_dir and dataset given; give exactly one of --data-dir and --dataset")
-        idle = [f.name for f in fields(self)[2:] if self.dataset is None and getattr(self, f.name) != f.default]
-        if idle:
-            raise InputError(f"{idle[0]} is given, but it only says how to read --dataset; leave it away")
 
 
 class ImageSource(Protocol):

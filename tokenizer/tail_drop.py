@@ -3,36 +3,10 @@
 ChannelTok (arXiv 2606.04461), section 3; the idea is nested dropout (Rippel et al., 2014).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-
-DISTRIBUTIONS = ("uniform", "low", "high")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TailDropConfig:
-    """How many channels an image keeps in training.
-
-    With `mask_probability` an image keeps a random k of C channels, otherwise all of them. With f
-    uniform in [0, 1), k = 1 + floor(C g(f)), where g is f (uniform), f**2 (low: short prefixes more
-    often) or sqrt(f) (high: long ones more often). Every k from 1 to C can occur.
-    """
-
-    mask_probability: float = field(default=0.5, metadata={"help": "share of images that lose a tail, in [0, 1]"})
-    keep_distribution: Literal["uniform", "low", "high"] = field(
-        default="uniform", metadata={"help": "which k are drawn more often: uniform, low or high"}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mask_probability <= 1:
-            raise InputError(f"mask_probability is {self.mask_probability}; it must be in [0, 1]")
-        if self.keep_distribution not in DISTRIBUTIONS:
-            raise InputError(f"keep_distribution is {self.keep_distribution!r}; allowed: {', '.join(DISTRIBUTIONS)}")
+from tokenizer.settings import TailDropConfig
 
 
 def draw_num_tokens(batch_size: int, num_channels: int, config: TailDropConfig, rng: torch.Generator) -> Tensor:

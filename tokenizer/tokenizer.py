@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from common.checkpoint import fingerprint, from_pretrained_strictly, load_foreign_state
+from common.checkpoint import fingerprint, load_foreign_state
 from common.errors import InputError
+from common.saved_model import SavedModel
 from tokenizer.autoencoder import Decoder, Encoder
 from tokenizer.bsq import (
     BinarySphericalQuantizer,
@@ -60,7 +60,7 @@ def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[
     return torch.where(swapped, second, first), torch.where(swapped, first, second)
 
 
-class ChannelTokenizer(PreTrainedModel):
+class ChannelTokenizer(SavedModel):
     """Autoencoder whose latent channels are binary tokens, ordered coarse to fine.
 
     Example: `tokens = tokenizer.tokenize(images)`, then `tokenizer.detokenize(tokens[:, :32])` is the
@@ -68,18 +68,14 @@ class ChannelTokenizer(PreTrainedModel):
     """
 
     config_class = TokenizerConfig
-    base_model_prefix = "channeltok"
-    main_input_name = "images"
+    model_type = "channeltok"
+    config: TokenizerConfig
 
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.quantizer = BinarySphericalQuantizer(config.latent_size, config.num_bits)
         self.decoder = Decoder(config)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Keep PyTorch's own initialisation of each layer (transformers would draw normals of 0.02)."""
 
     def forward(self, images: Tensor, keep: Tensor, flips: Tensor | None = None) -> TrainingOutput:
         """Reconstruct through the quantizer with gradients, channels outside `keep` dropped.
@@ -158,15 +154,6 @@ class ChannelTokenizer(PreTrainedModel):
         `num_tokens` (b,) gives every row its own length; see `lookup` for ranges and errors.
         """
         return self.decode(self.lookup(tokens, num_tokens))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """As transformers' own, but strict: a missing, unknown or misshapen weight is an `InputError`.
-
-        Weights are float32 unless a `dtype` is given, in whatever format the file has them.
-        """
-        kwargs.setdefault("dtype", torch.float32)
-        return from_pretrained_strictly(super().from_pretrained, cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_published(

@@ -2,63 +2,40 @@
 
 import copy
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import save_pretrained_whole
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, move, pick_dtype
-from common.steps import LoopConfig, Part
+from common.steps import Part
 from common.training import Loop, RunTasks, StepLoss
-from tokenizer.config import TokenizerConfig
-from tokenizer.data import AugmentationConfig, ImageBatch, ImageDataset, UnreadableFiles, collate, spread
-from tokenizer.discriminator import GanConfig
-from tokenizer.losses import TokenizerLossConfig
-from tokenizer.metrics import evaluation_lengths, psnr_by_length
+from tokenizer.config import TokenizerConfig, evaluation_lengths
+from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, spread
+from tokenizer.metrics import psnr_by_length
 from tokenizer.objective import TokenizerObjective
-from tokenizer.rate import RateConfig, RateTerm, rate_figures
-from tokenizer.sources import DataConfig, check_same_classes, open_source
-from tokenizer.tail_drop import TailDropConfig
+from tokenizer.rate import RateTerm, rate_figures
+from tokenizer.settings import (
+    AugmentationConfig,
+    DataConfig,
+    GanConfig,
+    RateConfig,
+    TailDropConfig,
+    TokenizerLossConfig,
+    TokenizerTrainingConfig,
+)
+from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerTrainingConfig(LoopConfig):
-    """Settings of train_tokenizer.py beside the model's, the loss's and the tail drop's."""
-
-    init_from: str | None = field(
-        default=None, metadata={"help": "begin with the weights of a trained tokenizer; its sizes are taken over, too"}
-    )
-    frozen_encoder: bool = field(
-        default=False, metadata={"help": "train only what draws, so that tokens stay those of --init-from"}
-    )
-    save_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "number format of the exported tokenizer's file; it computes in float32"}
-    )
-    strict: bool = field(default=False, metadata={"help": "stop at an unreadable image instead of skipping it"})
-    validation_images: int = field(default=2000, metadata={"help": "images of val/ that an evaluation uses"})
-    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
-    channels_last: bool = field(
-        default=False, metadata={"help": "keep feature maps channels last: faster on GPUs, much slower on CPUs"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.validation_images < 1:
-            raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
-        if self.frozen_encoder and self.init_from is None:
-            raise InputError("frozen_encoder keeps the tokens of a trained tokenizer; give that as init_from")
 
 
 def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
@@ -72,7 +49,7 @@ def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
         InputError: a tokenizer that cannot be read, or of another size than was asked for.
     """
     model = ChannelTokenizer.from_pretrained(init_from)
-    given, found, default = (config.architecture() for config in (size, model.config, TokenizerConfig()))
+    given, found, default = (asdict(config) for config in (size, model.config, TokenizerConfig()))
     if given not in (found, default):
         different = [name for name in found if given[name] != found[name]]
         # what the user gave, and not what was left at its default
@@ -84,14 +61,9 @@ def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
     return model
 
 
-def rounded(tokenizer: ChannelTokenizer, dtype: str) -> ChannelTokenizer:
-    """A copy in the number format of the file to be."""
-    return move(copy.deepcopy(tokenizer), dtype=pick_dtype(dtype))
-
-
 def check_tokens_stay(tokenizer: ChannelTokenizer, training: TokenizerTrainingConfig) -> None:
     """Refuse to round an encoder whose tokens are to be kept."""
-    saved = move(rounded(tokenizer, training.save_dtype), dtype=torch.float32)
+    saved = move(move(copy.deepcopy(tokenizer), dtype=pick_dtype(training.save_dtype)), dtype=torch.float32)
     if saved.token_fingerprint() != tokenizer.token_fingerprint():
         raise InputError(
             f"frozen_encoder keeps the tokens of {training.init_from}, and save_dtype {training.save_dtype} would "
@@ -133,13 +105,13 @@ def train_tokenizer(
         model = ChannelTokenizer(model_config)
     else:
         model = start_from(training.init_from, model_config)
-        model_config = cast("TokenizerConfig", model.config)
+        model_config = model.config
     if training.frozen_encoder:
         check_tokens_stay(model, training)
         if rate.has_rate:
             raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; leave rate_weight out")
     identity = {
-        "model": model_config.architecture(),
+        "model": asdict(model_config),
         "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
         "tail_drop": asdict(tail_drop),
         "gan": asdict(gan),
@@ -226,7 +198,7 @@ def train_tokenizer(
         return {**figures, "unreadable": damaged}
 
     def export(averaged: ChannelTokenizer) -> None:
-        save_pretrained_whole(rounded(averaged, training.save_dtype), output_dir)
+        averaged.save_pretrained(output_dir, pick_dtype(training.save_dtype))
 
     loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
     if unreadable.names:

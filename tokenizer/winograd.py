@@ -47,7 +47,6 @@ class WinogradConv2d(nn.Module):
         self.after = nn.Buffer(torch.tensor(OUTPUT_TRANSFORM, dtype=torch.float32))
         self.tile, self.step = (4, 2) if doubling else (6, 4)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Strip by strip of tiles; see the class for shapes."""
         x = rearrange(x, "b c h w -> b h w c").contiguous()
@@ -88,6 +87,14 @@ class _WinogradBlock(nn.Module):
         hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
         hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
         return hidden.add_(self.shortcut(x))
+
+
+def exclude_from_compilation(decoder: nn.Module) -> None:
+    """Keep torch.compile away from Winograd's convolutions of a decoder: it makes them slower."""
+    # not a decorator of the method: that would import the compiler with this module, which takes seconds
+    for layer in decoder.modules():
+        if isinstance(layer, WinogradConv2d):
+            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
 
 
 def use_winograd(decoder: Decoder, size: int) -> None:

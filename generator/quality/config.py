@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from common.errors import InputError, check_num_tokens
-from common.fid import FEWEST
-from generator.sampling import SamplingConfig
+from generator.config import SamplingConfig
 
+FEWEST = 10  # images of a reference, and samples
 FULL = 50_000  # samples below which a distance is not called FID
 
 

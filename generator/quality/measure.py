@@ -19,8 +19,9 @@ from common.errors import InputError
 from common.fid import kernel_distance, kid_subset, precision_and_recall, score_of_logits
 from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
-from common.processes import Team
 from common.runtime import pick_dtype
+from common.team import Team
+from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.anchors import Anchors
 from generator.quality.config import QualityConfig
@@ -46,7 +47,6 @@ from generator.quality.samples import (
     pictures_of,
     save_pictures,
 )
-from generator.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -82,8 +82,8 @@ def open_subject(config: QualityConfig, team: Team) -> Subject:
     pipeline = ChannelTokPipeline.from_pretrained(
         config.model, str(team.device), pick_dtype(config.dtype), compile=config.compile
     )
-    budgets = config.budgets(pipeline.layout.num_channels)
-    eyes = open_eyes(config, pipeline.layout.class_names, team.device)
+    budgets = config.budgets(pipeline.config.num_channels)
+    eyes = open_eyes(config, pipeline.config.class_names, team.device)
     read = _reference_of(config, pipeline, eyes, budgets)
     with memory_errors(config):
         reference, anchors = read() if team.is_main else (None, None)
@@ -112,7 +112,7 @@ def _reference_of(
         names = read_json(config.class_names) if config.class_names else {}
 
         def read() -> tuple[Reference, dict[str, Any] | None]:
-            known = images.labels(pipeline.layout.class_names, names)
+            known = images.labels(pipeline.config.class_names, names)
             if config.anchors and eyes.classifier is not None and known is None:
                 logger.warning("%s: folders are not named as the classes; give --class-names for class accuracy", path)
             anchors = Anchors(pipeline, eyes, budgets, known, config.seed) if config.anchors else None
@@ -172,10 +172,10 @@ def measure_quality(
     }
     parts = Parts(Path(config.output_dir) / "parts", settings, subject.budgets, config.num_samples, config.batch_size)
     parts.begin()
-    if config.num_samples < pipeline.layout.num_classes and team.is_main:
+    if config.num_samples < pipeline.config.num_classes and team.is_main:
         logger.warning(
             "%d samples are fewer than the %d classes: those without a sample count for nothing",
-            config.num_samples, pipeline.layout.num_classes,
+            config.num_samples, pipeline.config.num_classes,
         )  # fmt: skip
     with logging_redirect_tqdm(), memory_errors(config):
         draw_samples(pipeline, sampling, config, eyes, parts, team, title)
@@ -211,7 +211,7 @@ def _row(k: int, subject: Subject, reference: Reference, parts: Parts, seconds: 
         statistics.update(features[samples.start : samples.stop])
     accuracy = None
     if subject.eyes.classes is not None:
-        truth = torch.tensor(labels_of(range(parts.num_samples), subject.pipeline.layout.num_classes))
+        truth = torch.tensor(labels_of(range(parts.num_samples), subject.pipeline.config.num_classes))
         accuracy = float((parts.column("predicted", k) == truth).double().mean())
     precision, recall = precision_and_recall(features.to(device), reference.features.to(device))
     place = parts.budgets.index(k)
@@ -234,7 +234,7 @@ def _row(k: int, subject: Subject, reference: Reference, parts: Parts, seconds: 
 def _write_archives(subject: Subject, config: QualityConfig, parts: Parts) -> None:
     """samples-kNNNN.npz for each k, its pictures decoded anew."""
     size, model = subject.pipeline.tokenizer.config.image_size, subject.pipeline
-    labels = labels_of(range(parts.num_samples), model.layout.num_classes)
+    labels = labels_of(range(parts.num_samples), model.config.num_classes)
     for k in tqdm(parts.budgets, desc="archives", leave=False):
         write_npz(
             Path(config.output_dir) / f"samples-k{k:04d}.npz",

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
 from common.errors import InputError
-from common.fid import FEWEST, FeatureExtractor
+from common.fid import FeatureExtractor
 from common.frechet import RunningStatistics
 from common.images import UnreadableImageError, load_image
 from common.runtime import leave_signals_to_the_trainer
-from generator.quality.config import QualityConfig
+from generator.quality.config import FEWEST, QualityConfig
 from generator.quality.npz import NpzPictures
 
 logger = logging.getLogger(__name__)

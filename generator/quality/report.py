@@ -65,9 +65,9 @@ def content(
             "name": config.model,
             "fingerprint": pipeline.fingerprint,
             "image_size": pipeline.tokenizer.config.image_size,
-            "num_channels": pipeline.layout.num_channels,
-            "num_bits": pipeline.layout.num_bits,
-            "num_classes": pipeline.layout.num_classes,
+            "num_channels": pipeline.config.num_channels,
+            "num_bits": pipeline.config.num_bits,
+            "num_classes": pipeline.config.num_classes,
         },
         "settings": asdict(config),
         "command": command,
@@ -192,12 +192,12 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
 
 def _sheet(subject: Subject, results: QualityResults, rows: int, folder: Path) -> None:
     """samples.png: the first samples, a column for each k."""
-    layout, pictures = subject.pipeline.layout, subject.pipeline.pictures
+    model, pictures = subject.pipeline.config, subject.pipeline.pictures
     rows = min(rows, results.parts.num_samples)
     parts = -(-rows // results.parts.batch_size)
     tokens = torch.cat([results.parts.tokens(index) for index in range(parts)])[:rows]
     columns = [[to_pil(image) for image in pictures(tokens[:, :k])] for k in results.parts.budgets]
-    names = [layout.class_names[label].split(",")[0][:22] for label in labels_of(range(rows), layout.num_classes)]
+    names = [model.class_names[label].split(",")[0][:22] for label in labels_of(range(rows), model.num_classes)]
     table_of = [[column[row] for column in columns] for row in range(rows)]
     save_png(captioned_table(table_of, names, [f"k={k}" for k in results.parts.budgets]), folder / "samples.png")
 

@@ -16,14 +16,14 @@ from common.errors import InputError
 from common.fid import FeatureExtractor
 from common.images import save_png, to_pil
 from common.measuring import synchronize
-from common.processes import Team
 from common.randomness import generator_for
 from common.runtime import is_out_of_memory
+from common.team import Team
+from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 from generator.quality.config import QualityConfig
 from generator.quality.parts import Part, Parts
 from generator.quality.reference import DRAWN_MARK
-from generator.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def draw_samples(
 
 def _warm_up(pipeline: ChannelTokPipeline, sampling: SamplingConfig, samples: range) -> None:
     """Compile and capture before a clock runs."""
-    labels = labels_of(samples, pipeline.layout.num_classes)
+    labels = labels_of(samples, pipeline.config.num_classes)
     for step in pipeline.stream(labels, 1, **vars(sampling)):
         pipeline.pictures(step.tokens)
 
@@ -137,7 +137,7 @@ def _draw(
     pipeline: ChannelTokPipeline, sampling: SamplingConfig, seed: int, eyes: Eyes, parts: Parts, index: int
 ) -> Part:
     samples, device = parts.samples(index), pipeline.engine.decoder.device
-    labels = labels_of(samples, pipeline.layout.num_classes)
+    labels = labels_of(samples, pipeline.config.num_classes)
     seeds = [seed + sample for sample in samples]
     draw_seconds, decode_seconds, look_seconds = [], [], []
     begun = time.perf_counter()

@@ -12,13 +12,13 @@ from common.checkpoint import write_text
 from common.errors import InputError
 from common.measuring import machine, versions
 from common.plots import save_heat_map
-from common.processes import Team
 from common.reports import table_head, table_line
+from common.team import Team
+from generator.config import SamplingConfig
 from generator.quality.config import QualityConfig, sweep_settings
 from generator.quality.labels import against, distance_field, measure_labels
 from generator.quality.measure import Subject, measure_quality
 from generator.quality.report import PACKAGES, write_report
-from generator.sampling import SamplingConfig
 from generator.settings import SETTINGS_FILE, ModelSettings
 
 logger = logging.getLogger(__name__)

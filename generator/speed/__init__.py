@@ -1,7 +1,1 @@
-"""How fast tokens and pictures are drawn: several samplers, interleaved, against what the memory could give."""
-
-from generator.speed.config import SpeedConfig, Subject
-from generator.speed.measure import measure_speed
-from generator.speed.report import write_report
-
-__all__ = ["SpeedConfig", "Subject", "measure_speed", "write_report"]
+"""Speed of drawing tokens and images: several samplers, interleaved, against the bandwidth of the memory."""

@@ -1,17 +1,14 @@
-"""What is measured: the settings, and the models."""
+"""Settings of the speed benchmark; imports no torch."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-
+from common.config import DTYPES
 from common.errors import InputError, check_list
-from common.runtime import DTYPES
-from generator.config import TokenLayout
-from generator.speed.samplers import SAMPLERS
+from generator.config import ChannelGPTConfig
+
+OURS = ("eager", "compiled")
+SAMPLERS = ("uncached", "transformers-dynamic", "transformers-static", *OURS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class SpeedConfig:
         for name in ("batch_size", "dtype", "cfg_scale", "samplers"):
             values = getattr(self, name)
             check_list(name, values)
-        for name, allowed in (("dtype", tuple(DTYPES)), ("samplers", SAMPLERS)):
+        for name, allowed in (("dtype", DTYPES), ("samplers", SAMPLERS)):
             for value in getattr(self, name):
                 if value not in allowed:
                     raise InputError(f"{name} has {value!r}; allowed: {', '.join(allowed)}")
@@ -56,46 +53,12 @@ class SpeedConfig:
         if not 0 <= self.seed < 2**63 - max(self.batch_size):
             raise InputError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1 for every image")
 
-    def budgets(self, layout: TokenLayout) -> list[int]:
+    def budgets(self, model: ChannelGPTConfig) -> list[int]:
         """Each k to report, rising; refuses what the model cannot draw."""
-        channels = layout.num_channels
+        channels = model.num_channels
         budgets = self.num_tokens or [*(k for k in (32, 64, 128, 192) if k < channels), channels]
         if max(budgets) > channels:
             raise InputError(f"num_tokens has {max(budgets)}; this model draws 1..{channels}")
-        if self.cfg_scale != [1] and not layout.has_null_label:
+        if self.cfg_scale != [1] and not model.has_null_label:
             raise InputError(f"cfg_scale is {self.cfg_scale}, but this model was trained without null label; use 1")
         return sorted(set(budgets))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured: a generator, and how its tokens become pictures.
-
-    `pictures(dtype=...)` gives the function tokens (b k) -> uint8 images (b 3 H W) in that number format,
-    on the device. `tokenizer` is what it decodes with. Both are None to measure tokens alone.
-    """
-
-    model: LlamaForCausalLM
-    layout: TokenLayout
-    name: str
-    pictures: Callable[..., Callable[[Tensor], Tensor]] | None = None
-    tokenizer: nn.Module | None = None
-    tokenizer_name: str = "none"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What the results say of both models: names and numbers of parameters."""
-        models = {"generator": (self.name, self.model), "tokenizer": (self.tokenizer_name, self.tokenizer)}
-        return {
-            part: model and {"name": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-            for part, (name, model) in models.items()
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One combination; its samplers are compared with each other."""
-
-    dtype: str
-    batch_size: int
-    cfg_scale: float

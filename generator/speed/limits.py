@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from common.measuring import synchronize
-from generator.config import TokenLayout
-from generator.positions import learned_blocks
+from generator.model import ChannelGPT
 
 PROBE_BYTES = 512 * 2**20  # well beyond any cache
 PASSES = 3  # of each way in one probe
@@ -23,9 +21,9 @@ STREAMS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBytes:
-    """Bytes that a step cannot do without reading, however it is written.
+    """Bytes that a step must read at least.
 
-    `fixed`: the blocks, the last norm, the code rows of the head, one embedding row for each sequence.
+    `fixed`: the blocks, the last norm, and what belongs to one channel of the maps of bits and of the linear prior.
     `per_position`: keys and values of one earlier position, all layers and sequences.
     """
 
@@ -37,17 +35,18 @@ class TokenBytes:
         return self.fixed + self.per_position * (num_tokens - 1) / 2
 
 
-def token_bytes(model: LlamaForCausalLM, layout: TokenLayout, sequences: int) -> TokenBytes:
-    """Count for `sequences` rows side by side (with guidance, two for each image), in the model's own dtype.
+def token_bytes(model: ChannelGPT, images: int, sequences: int) -> TokenBytes:
+    """Count for `images` drawn together, `sequences` rows (with guidance two for each image), in the model's dtype.
 
-    A first block that counts is none of it: what it makes is known beforehand, a vector for each position.
+    Of the triangular prior the mean over all channels is counted.
     """
-    needed = learned_blocks(model, layout)
-    blocks = [parameter for part in (*needed, model.model.norm) for parameter in part.parameters()]
-    width, size = model.config.hidden_size, model.dtype.itemsize
-    fixed = sum(parameter.nbytes for parameter in blocks)
-    fixed += (layout.codebook_size + sequences) * width * size
-    return TokenBytes(fixed=fixed, per_position=2 * len(needed) * sequences * width * size)
+    config, size = model.config, model.dtype.itemsize
+    blocks = sum(parameter.nbytes for part in (*model.blocks, model.norm) for parameter in part.parameters())
+    maps = sum(layer.shared.numel() for layer in (model.read_bits, model.bit_head)) + model.pair_head.weight.numel()
+    vectors = (1 + sequences) * (config.hidden_size + config.num_bits)
+    prior = model.prior.weight.numel() // config.num_channels + images * config.num_bits * config.num_channels
+    fixed = blocks + 4 * (maps + vectors + prior)
+    return TokenBytes(fixed=fixed, per_position=2 * config.num_layers * sequences * config.hidden_size * size)
 
 
 # -------------------------------------------------------------------------------------- bandwidth

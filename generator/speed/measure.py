@@ -10,23 +10,56 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import LlamaForCausalLM
 
 from common.measuring import peak_memory
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
-from generator.config import TokenLayout
+from generator.config import ChannelGPTConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine
-from generator.speed.config import Setting, SpeedConfig, Subject
+from generator.model import ChannelGPT
+from generator.speed.config import SpeedConfig
 from generator.speed.limits import BandwidthProbe, TokenBytes, token_bytes
-from generator.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler
+from generator.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler, same_trunk
 
 logger = logging.getLogger(__name__)
 BUCKETS = 8
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: a generator, and how its tokens become images.
+
+    `pictures(dtype=...)` gives the function tokens (b k) -> uint8 images (b 3 H W) in that number format,
+    on the device. `tokenizer` is what it decodes with. Both are None to measure tokens alone.
+    """
+
+    model: ChannelGPT
+    name: str
+    pictures: Callable[..., Callable[[Tensor], Tensor]] | None = None
+    tokenizer: nn.Module | None = None
+    tokenizer_name: str = "none"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Names and numbers of parameters of both models, for the results."""
+        models = {"generator": (self.name, self.model), "tokenizer": (self.tokenizer_name, self.tokenizer)}
+        return {
+            part: model and {"name": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+            for part, (name, model) in models.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One combination; its samplers are compared with each other."""
+
+    dtype: str
+    batch_size: int
+    cfg_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +85,7 @@ def measure_speed(subject: Subject, config: SpeedConfig) -> SpeedResults:
         InputError: a device or a compiler that is not there, or a k or a guidance that the model does not have.
     """
     start = time.perf_counter()
-    budgets, device = config.budgets(subject.layout), pick_device(config.device)
+    budgets, device = config.budgets(subject.model.config), pick_device(config.device)
     if "compiled" in config.samplers:
         check_can_compile(device)
     runs = len(config.dtype) * len(config.batch_size) * len(config.cfg_scale)
@@ -64,17 +97,18 @@ def measure_speed(subject: Subject, config: SpeedConfig) -> SpeedResults:
         bandwidth.measure()
         for dtype in config.dtype:
             model = move(copy.deepcopy(subject.model).eval(), device, pick_dtype(dtype))
-            engines = _engines(model, subject.layout, config)
+            engines = _engines(model, config)
+            rival = same_trunk(model, config.samplers)
             pictures = subject.pictures(dtype=pick_dtype(dtype)) if subject.pictures else None
             for batch_size, cfg_scale in product(config.batch_size, config.cfg_scale):
                 setting = Setting(dtype=dtype, batch_size=batch_size, cfg_scale=cfg_scale)
-                task = _task(setting, config, budgets[-1], subject.layout)
+                task = _task(setting, config, budgets[-1], model.config)
                 samplers = {
-                    name: build_sampler(name, model, subject.layout, engines, task, config.full_uncached)
+                    name: build_sampler(name, model.config, rival, engines, task, config.full_uncached)
                     for name in config.samplers
                 }
                 memory, times, decoding = _run(samplers, budgets, pictures, config.repeats, task, bandwidth, bar)
-                needed = token_bytes(model, subject.layout, task.sequences)
+                needed = token_bytes(model, len(task.seeds), task.sequences)
                 for name, sampler in samplers.items():
                     measured = Measured(times=times[name], decoding=decoding, memory=memory[name], needed=needed)
                     rows += rows_of(name, sampler.estimated, setting, str(device), budgets, measured)
@@ -91,16 +125,16 @@ def measure_speed(subject: Subject, config: SpeedConfig) -> SpeedResults:
     )
 
 
-def _engines(model: LlamaForCausalLM, layout: TokenLayout, config: SpeedConfig) -> dict[str, Engine]:
+def _engines(model: ChannelGPT, config: SpeedConfig) -> dict[str, Engine]:
     names = [name for name in config.samplers if name in OURS]
-    decoder = CachedDecoder.from_llama(model, layout) if names else None
+    decoder = CachedDecoder.from_model(model) if names else None
     return {name: Engine(decoder, compile=name == "compiled") for name in names if decoder is not None}
 
 
-def _task(setting: Setting, config: SpeedConfig, num_tokens: int, layout: TokenLayout) -> Task:
+def _task(setting: Setting, config: SpeedConfig, num_tokens: int, model: ChannelGPTConfig) -> Task:
     return Task(
         num_tokens=num_tokens,
-        class_labels=[i % layout.num_classes for i in range(setting.batch_size)],
+        class_labels=[i % model.num_classes for i in range(setting.batch_size)],
         seeds=[config.seed + i for i in range(setting.batch_size)],
         cfg_scale=setting.cfg_scale,
     )

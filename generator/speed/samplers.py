@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,14 +21,14 @@ from transformers import (
 )
 
 from common.measuring import synchronize
-from generator.config import TokenLayout
+from common.runtime import move
+from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.engine import Engine
 from generator.generate import stream
-from generator.sampling import SamplingConfig
+from generator.model import NORM_EPS, Block, ChannelGPT
+from generator.speed.config import OURS
 
 Milliseconds = npt.NDArray[np.float64]
-OURS = ("eager", "compiled")
-SAMPLERS = ("uncached", "transformers-dynamic", "transformers-static", *OURS)
 UNCACHED_LENGTHS = (1, 32, 64, 128, 192, 256, 384)
 
 
@@ -129,13 +130,13 @@ class TransformersSampler(Sampler):
     Guidance is its own too: a second pass, with a second cache, for every token.
     """
 
-    def __init__(self, model: LlamaForCausalLM, layout: TokenLayout, task: Task, cache: str):
+    def __init__(self, model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task, cache: str):
         self.holder = model
         self._model: Any = model  # its `generate` is typed in some versions of transformers and not in others
         labels = torch.tensor(task.class_labels, device=model.device)
-        self._rows = layout.class_rows(labels)[:, None]
-        self._null_rows = layout.class_rows(torch.full_like(labels, layout.null_label))[:, None]
-        self._codes_only = _CodesOnly(layout.codebook_size)
+        self._rows = config.codebook_size + labels[:, None]
+        self._null_rows = torch.full_like(self._rows, config.codebook_size + config.null_label)
+        self._codes_only = _CodesOnly(config.codebook_size)
         self._config = GenerationConfig(
             max_new_tokens=task.num_tokens,
             do_sample=True,
@@ -171,15 +172,14 @@ class UncachedSampler(Sampler):
     are measured and the time of a token is interpolated, piecewise linearly, between those.
     """
 
-    def __init__(self, model: LlamaForCausalLM, layout: TokenLayout, task: Task, whole: bool):
+    def __init__(self, model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task, whole: bool):
         self.holder = self._model = model
-        self._codebook_size, self._cfg_scale = layout.codebook_size, task.cfg_scale
+        self._codebook_size, self._cfg_scale = config.codebook_size, task.cfg_scale
         self.estimated = not whole
         self.lengths = lengths_to_measure(task.num_tokens, whole)
-        labels = torch.tensor(task.class_labels)
-        conditions = [labels, torch.full_like(labels, layout.null_label)] if task.cfg_scale != 1 else [labels]
-        tokens = torch.randint(layout.codebook_size, (len(labels), task.num_tokens))
-        self._rows = torch.cat([layout.inputs(condition, tokens) for condition in conditions]).to(model.device)
+        tokens = torch.randint(config.codebook_size, (task.sequences, task.num_tokens))
+        tokens[:, 0] = config.codebook_size  # a class
+        self._rows = tokens.to(model.device)
 
     def times(self) -> Milliseconds:
         """See `Sampler.times`."""
@@ -214,12 +214,60 @@ def total_times(lengths: Sequence[int], milliseconds: Sequence[float]) -> Millis
     return np.asarray(np.cumsum(each), dtype=np.float64)
 
 
+def same_trunk(model: ChannelGPT, samplers: Sequence[str]) -> LlamaForCausalLM | None:
+    """A Llama with the blocks of a generator, for the samplers of transformers; None if none of them is measured.
+
+    Its vocabulary is the codes, the classes and the null class; embedding and head have random weights.
+    """
+    if set(samplers) <= set(OURS):
+        return None
+    config = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.codebook_size + config.num_classes + 1,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=config.num_channels + 1,
+            rms_norm_eps=NORM_EPS,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=False,
+        )
+    )
+    llama.model.norm.load_state_dict(model.norm.state_dict())
+    for layer, block in zip(llama.model.layers, cast("Sequence[Block]", model.blocks), strict=True):
+        query, key, value = block.query_key_value.weight.chunk(3)
+        gate, up = block.gate_up.weight.chunk(2)
+        layer.load_state_dict(
+            {
+                "input_layernorm.weight": block.attention_norm.weight,
+                "self_attn.q_proj.weight": query,
+                "self_attn.k_proj.weight": key,
+                "self_attn.v_proj.weight": value,
+                "self_attn.o_proj.weight": block.attention_out.weight,
+                "post_attention_layernorm.weight": block.mlp_norm.weight,
+                "mlp.gate_proj.weight": gate,
+                "mlp.up_proj.weight": up,
+                "mlp.down_proj.weight": block.down.weight,
+            }
+        )
+    return move(llama.eval(), model.device, model.dtype)
+
+
 def build_sampler(
-    name: str, model: LlamaForCausalLM, layout: TokenLayout, engines: dict[str, Engine], task: Task, whole: bool
+    name: str,
+    config: ChannelGPTConfig,
+    rival: LlamaForCausalLM | None,
+    engines: dict[str, Engine],
+    task: Task,
+    whole: bool,
 ) -> Sampler:
-    """One of `SAMPLERS`; `engines` holds ours, by name."""
-    if name in OURS:
-        return OurSampler(engines[name], model.device, task)
+    """One of `SAMPLERS`; `engines` holds ours by name, `rival` is the model of the others."""
+    if rival is None or name in OURS:
+        return OurSampler(engines[name], engines[name].decoder.device, task)
     if name == "uncached":
-        return UncachedSampler(model, layout, task, whole)
-    return TransformersSampler(model, layout, task, name.removeprefix("transformers-"))
+        return UncachedSampler(rival, config, task, whole)
+    return TransformersSampler(rival, config, task, name.removeprefix("transformers-"))

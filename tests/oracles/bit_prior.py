@@ -7,12 +7,17 @@ from itertools import product
 from common.bit_prior import BitPrior
 
 
+def weight(prior: BitPrior, i: int, j: int) -> float:
+    """Weight of bit j < i in the log-odds of bit i; rows before it have 0, 1, ..., i - 1 entries."""
+    return prior.weight[i * (i - 1) // 2 + j].item()
+
+
 def log_odds(prior: BitPrior, earlier: Sequence[float], class_label: int) -> float:
     """Log-odds of the bit that comes after `earlier`, entries +-1."""
     i = len(earlier)
     total = prior.bias[i].item() + prior.class_bias[class_label, i].item()
     for j, bit in enumerate(earlier):
-        total += prior.weight[i, j].item() * bit
+        total += weight(prior, i, j) * bit
     return total
 
 

@@ -1,14 +1,15 @@
-"""The slow plain sampler: one image at a time, no cache, transformers' own forward and filters, a loop for the CDF."""
+"""The slow plain sampler: one image at a time, no cache, the model's forward for every code, a loop for the CDF."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from generator.config import TokenLayout
+from generator.model import ChannelGPT
 
 
 def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -47,10 +48,19 @@ def uniform_at(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed)).random(position + 1)[position])
 
 
+def bits_of(token: int, num_bits: int) -> list[float]:
+    """+-1 for each bit, the most significant one first."""
+    return [1.0 if token >> (num_bits - 1 - i) & 1 else -1.0 for i in range(num_bits)]
+
+
 @torch.no_grad()
-def next_logits(model: LlamaForCausalLM, rows: Sequence[int], codebook_size: int) -> Tensor:
-    """Logits (1 v) over the codes after the whole sequence `rows`."""
-    return model(input_ids=torch.tensor([list(rows)]), use_cache=False).logits[:, -1, :codebook_size].float()
+def code_log_probabilities(model: ChannelGPT, label: int, tokens: Sequence[int]) -> Tensor:
+    """Log-probabilities (1 v) of the next token: one forward of the model for each code that it may be."""
+    bits = model.config.num_bits
+    codes = range(model.config.codebook_size)
+    sequences = torch.tensor([[bits_of(token, bits) for token in [*tokens, code]] for code in codes])
+    log_odds = model(torch.full((len(sequences),), label), sequences)[:, -1]
+    return F.logsigmoid(sequences[:, -1] * log_odds).sum(-1)[None]
 
 
 def scale_at(share: float, cfg_scale: float, schedule: str, start: float, end: float) -> float:
@@ -65,17 +75,15 @@ def scale_at(share: float, cfg_scale: float, schedule: str, start: float, end: f
 
 
 @torch.no_grad()
-def log_likelihood(model: LlamaForCausalLM, layout: TokenLayout, label: int, tokens: Sequence[int]) -> float:
-    """Nats of an image's tokens given its class, by one forward over all of them; codes alone can be drawn."""
-    rows = torch.tensor([[layout.codebook_size + label, *tokens[:-1]]])
-    logits = model(input_ids=rows, use_cache=False).logits[0, :, : layout.codebook_size].double()
-    odds = logits.log_softmax(-1)
-    return math.fsum(float(odds[position, token]) for position, token in enumerate(tokens))
+def log_likelihood(model: ChannelGPT, label: int, tokens: Sequence[int]) -> float:
+    """Nats of an image's tokens given its class, by one forward over all of them."""
+    bits = torch.tensor([[bits_of(token, model.config.num_bits) for token in tokens]])
+    log_odds = model(torch.tensor([label]), bits).double()
+    return float(F.logsigmoid(bits * log_odds).sum())
 
 
 def draw_one(
-    model: LlamaForCausalLM,
-    layout: TokenLayout,
+    model: ChannelGPT,
     label: int,
     seed: int,
     num_tokens: int,
@@ -92,11 +100,10 @@ def draw_one(
     tokens: list[int] = []
     full_scale = cfg_scale
     for position in range(num_tokens):
-        cfg_scale = scale_at(position / layout.num_channels, full_scale, cfg_schedule, cfg_start, cfg_end)
-        logits = next_logits(model, [layout.codebook_size + label, *tokens], layout.codebook_size)
+        cfg_scale = scale_at(position / model.config.num_channels, full_scale, cfg_schedule, cfg_start, cfg_end)
+        logits = code_log_probabilities(model, label, tokens)
         if cfg_scale != 1:
-            null_row = layout.codebook_size + len(layout.class_names)
-            unconditional = next_logits(model, [null_row, *tokens], layout.codebook_size)
+            unconditional = code_log_probabilities(model, len(model.config.class_names), tokens)
             logits = unconditional + cfg_scale * (logits - unconditional)
         if temperature == 0:
             tokens.append(int(logits[0].argmax()))

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from common.config import DTYPES
 from common.errors import InputError, check_num_tokens
-from common.runtime import DTYPES
-from tokenizer.metrics import check_ssim_size, evaluation_lengths
+from tokenizer.config import check_ssim_size, evaluation_lengths
 
 PERCEPTUAL = ("lpips", "none")
 INCEPTION = ("auto", "none")
@@ -74,7 +74,7 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise InputError(f"{name} is {value}; it must be at least {smallest}")
-        for name, allowed in (("dtype", tuple(DTYPES)), ("perceptual", PERCEPTUAL), ("inception", INCEPTION)):
+        for name, allowed in (("dtype", DTYPES), ("perceptual", PERCEPTUAL), ("inception", INCEPTION)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for name in ("perceptual", "inception"):

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from tokenizer.data import ImageBatch, ImageDataset, collate, spread
 from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.sources import DataConfig, open_source
+from tokenizer.settings import DataConfig
+from tokenizer.sources import open_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from tokenizer.reconstruction.codebook import CodebookCounts
 from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.reconstruction.data import open_images
 from tokenizer.reconstruction.rate import RateMeasurement, RateResults
-from tokenizer.sources import DataConfig
+from tokenizer.settings import DataConfig
 from tokenizer.tokenizer import ChannelTokenizer
 
 Row = dict[str, Any]

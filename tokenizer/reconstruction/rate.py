@@ -15,7 +15,8 @@ from tokenizer.bsq import pack_bits, unpack_bits
 from tokenizer.data import UnreadableFiles, spread
 from tokenizer.extraction import VIEWS, tokenize_files
 from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.sources import DataConfig, check_same_classes, open_source
+from tokenizer.settings import DataConfig
+from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 
 FIT_BATCH = 512  # images a step of the prior's fit
