@@ -71,6 +71,12 @@ class RunTasks:
     speed: Callable[[float], dict[str, float]] = lambda rate: {"images_per_second": rate}
 
 
+def check_output_dir(config: LoopConfig) -> None:
+    """Refuse, by an `InputError`, to start a run in a folder with checkpoints unless `resume` is set."""
+    if not config.resume and Checkpoints(config.output_dir, config.keep_checkpoints).all():
+        raise InputError(f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder")
+
+
 class Loop:
     """One training run: `Loop(...).run(...)` takes a model from its first or its resumed step to its last.
 
@@ -99,10 +105,7 @@ class Loop:
         self.step, self._saved = 0, -1
         self.images_per_second = math.nan  # mean over this session's reports, without the first one if there are more
         self.plan = StepPlan(config, accelerator.process_index, accelerator.num_processes)
-        if not config.resume and self.checkpoints.all():
-            raise InputError(
-                f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder"
-            )
+        check_output_dir(config)
         if not config.resume and accelerator.is_main_process:
             self.journal.begin()
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -150,8 +153,7 @@ class Loop:
 
     def mean_over_processes(self, value: Tensor) -> Tensor:
         """The mean of `value` over all processes, without a gradient."""
-        mean: Tensor = self.accelerator.reduce(value.detach().clone(), "mean")
-        return mean
+        return torch.as_tensor(self.accelerator.reduce(value.detach().clone(), "mean"))
 
     def _state(self) -> State:
         for part in self._parts():

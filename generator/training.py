@@ -23,7 +23,7 @@ from common.processes import make_accelerator
 from common.randomness import Stream, generator_for
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send
 from common.steps import Part, StepPlan, StepSampler
-from common.training import Loop, RunTasks, StepLoss
+from common.training import Loop, RunTasks, StepLoss, check_output_dir
 from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, size_of
 from generator.model import ChannelGPT, start_from
 from generator.objective import GeneratorObjective, draw_flips, flops_per_token, position_weights
@@ -70,6 +70,7 @@ class GeneratorRun:
 
     def __init__(self, training: GeneratorTrainingConfig, size: GeneratorConfig, command: str):
         self.training, self.command = training, command
+        check_output_dir(training)  # before the prior is fitted, which takes minutes
         self.store = TokenStore.open(training.tokens)
         self.output_dir = Path(training.output_dir)
         self.accelerator = make_accelerator(training, can_shard=True)
@@ -78,6 +79,8 @@ class GeneratorRun:
             check_can_compile(device)
         self.train_set = TokenDataset(self.store, "train", training.seed)
         self.val_set = TokenDataset(self.store, "val", None)
+        is_main = self.accelerator.is_main_process
+        self.baselines = Baselines.of(self.train_set.counts(), self.val_set.counts()) if is_main else None
         model = self._model(size)
         self.config = model.config
         mean_length = (1 + self.config.num_channels) / 2 if training.prefixes else self.config.num_channels
@@ -89,8 +92,6 @@ class GeneratorRun:
             objective.compile_blocks()
         scales = {"generator.prior.": training.prior_learning_rate}
         self.loop = Loop(objective, training, self.accelerator, identity, rate_scales=scales)
-        is_main = self.accelerator.is_main_process
-        self.baselines = Baselines.of(self.train_set.counts(), self.val_set.counts()) if is_main else None
         self.weights = position_weights(training.position_weighting, self.config.num_channels).to(device)
         self.latest = math.nan
         self.dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32"
