@@ -82,7 +82,7 @@ def _set_up_sharding(accelerator: Accelerator) -> None:
     refused = {
         "activation_checkpointing": (plugin.activation_checkpointing, "--gradient-checkpointing true"),
         "offload_params": (offloads, "more GPUs"),
-        # it makes a unit of the head alone, whose rows the loss reads directly
+        # it may wrap the prior alone, whose weights are read without calling its forward
         "auto_wrap_policy SIZE_BASED_WRAP": (by_size, "TRANSFORMER_BASED_WRAP"),
     }
     for name, (asked, instead) in refused.items():
