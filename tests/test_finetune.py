@@ -80,9 +80,9 @@ def test_two_commands_from_a_model_and_photographs_to_a_model_of_other_classes(
         "--output-dir", tokens, "--num-workers", 0,
     )  # fmt: skip
     assert done.code == 0, done.err
-    flags = ("--tokens", tokens, "--output-dir", run, "--init-from", pipeline_folder, "--num-workers", 0)
-    flags = (*flags, "--mixed-precision", "no", "--learning-rate", 1e-6, "--warmup-steps", 0, "--batch-size", 4)
-    done = scripts("train_ar.py", *flags, "--steps", 2)
+    flags = ("--tokens", tokens, "--init-from", pipeline_folder, "--num-workers", 0, "--mixed-precision", "no")
+    flags = (*flags, "--learning-rate", 1e-6, "--warmup-steps", 0, "--batch-size", 4)
+    done = scripts("train_ar.py", *flags, "--output-dir", run, "--steps", 2)
     assert done.code == 0, done.err
     old, new = (ChannelGPT.from_pretrained(folder / "generator") for folder in (pipeline_folder, run))
     assert (old.config.class_names, new.config.class_names) == (CLASS_NAMES, ["n01", "n02", "n03"])
@@ -92,11 +92,11 @@ def test_two_commands_from_a_model_and_photographs_to_a_model_of_other_classes(
     figures = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
     assert figures["nats"] > 0
     # a resumed run starts from its checkpoint
-    done = scripts("train_ar.py", *flags, "--steps", 4, "--resume")
+    done = scripts("train_ar.py", *flags, "--output-dir", run, "--steps", 4, "--resume")
     assert done.code == 0, done.err
     assert "resumed at step 2 of 4" in done.err
     # the size is that of the model
-    done = scripts("train_ar.py", *flags, "--steps", 2, "--num-layers", 9)
+    done = scripts("train_ar.py", *flags, "--output-dir", tmp_path / "other", "--steps", 2, "--num-layers", 9)
     assert done.code == 2
     assert done.err.count("\n") == 1, done.err
     assert "omit the size" in done.err
