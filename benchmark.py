@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from common import cli
 from common.config import ClassifierConfig
 from common.errors import InputError
+from evaluation.fid.config import QualityConfig
+from evaluation.reconstruction.config import ReconstructionConfig
+from evaluation.speed.config import SpeedConfig
 from generator.config import GENERATOR_SIZES, ChannelGPTConfig, SamplingConfig
-from generator.quality.config import QualityConfig
-from generator.speed.config import SpeedConfig
 from tokenizer.published import PUBLISHED_TOKENIZERS, published_config
-from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def models_of(config: SubjectConfig, seed: int) -> tuple["ChannelGPT", "ChannelT
 def speed(what: SubjectConfig, config: SpeedConfig) -> None:
     """Build, measure, write."""
     from common.runtime import move, pick_device
-    from generator.speed.measure import Subject, measure_speed
-    from generator.speed.report import write_report
+    from evaluation.speed.measure import Subject, measure_speed
+    from evaluation.speed.report import write_report
     from tokenizer.decoding import PictureDecoder
 
     device = pick_device(config.device)
@@ -125,8 +125,8 @@ def speed(what: SubjectConfig, config: SpeedConfig) -> None:
 
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     """Load, measure, write."""
-    from tokenizer.reconstruction.measure import measure_reconstruction
-    from tokenizer.reconstruction.report import read_curve, write_report
+    from evaluation.reconstruction.measure import measure_reconstruction
+    from evaluation.reconstruction.report import read_curve, write_report
     from tokenizer.tokenizer import ChannelTokenizer
 
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
@@ -138,9 +138,9 @@ def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
 def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
     """Measure one setting or many, and write; in one process or those that `accelerate launch` started."""
     from common.team import team
-    from generator.quality.measure import measure_quality, open_subject
-    from generator.quality.report import write_report
-    from generator.quality.sweep import sweep_quality
+    from evaluation.fid.measure import measure_quality, open_subject
+    from evaluation.fid.report import write_report
+    from evaluation.fid.sweep import sweep_quality
 
     with team(config.device) as workers:
         if config.sweep is not None:
@@ -157,7 +157,7 @@ def features(
     training: ClassifierTrainingConfig, data: DataConfig, augmentation: AugmentationConfig, network: ClassifierConfig
 ) -> None:
     """Train the classifier."""
-    from tokenizer.classifier import train_classifier
+    from evaluation.classifier import train_classifier
 
     train_classifier(training, data, augmentation, network)
 

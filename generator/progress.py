@@ -11,15 +11,15 @@ from torch import Tensor
 
 from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil, to_uint8
-from common.journal import Journal
 from common.measuring import versions
-from common.peak import Peak
 from common.plots import Panel, save_line_plot
 from generator.config import SamplingConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
 from generator.model import ChannelGPT
+from training.log import JsonlLog
+from training.peak import Peak
 
 logger = logging.getLogger(__name__)
 PICTURE_CLASSES = 8
@@ -117,7 +117,7 @@ class Progress:
     keep_best: bool
 
 
-def write_report(output_dir: Path, journal: Journal, baselines: Baselines, progress: Progress) -> None:
+def write_report(output_dir: Path, journal: JsonlLog, baselines: Baselines, progress: Progress) -> None:
     """Write report.md, loss.png and positions.png to the run's folder, each whole."""
     records = journal.records()
     evaluations = journal.evaluations()

@@ -18,18 +18,18 @@ from common.bit_prior import fit_bit_prior, token_bits
 from common.checkpoint import folder_written_whole
 from common.config import LoopConfig
 from common.measuring import machine
-from common.peak import peak_of
-from common.processes import make_accelerator
 from common.randomness import Stream, generator_for
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send
-from common.steps import Part, StepPlan, StepSampler
-from common.training import Loop, RunTasks, StepLoss, check_output_dir
 from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, size_of
 from generator.model import ChannelGPT, start_from
 from generator.objective import GeneratorObjective, draw_flips, flops_per_token, position_weights
 from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
+from training.distributed import make_accelerator
+from training.loop import Loop, RunTasks, StepLoss, check_output_dir
+from training.peak import peak_of
+from training.schedule import Part, StepPlan, StepSampler
 
 logger = logging.getLogger(__name__)
 PRIOR_BATCH = 512
@@ -197,7 +197,7 @@ class GeneratorRun:
 
     def export(self, averaged: GeneratorObjective) -> None:
         """Write generator/, with keep_best only if the validation loss is the lowest so far."""
-        best = min((found["nats"] for found in self.loop.journal.evaluations().values()), default=math.inf)
+        best = min((found["nats"] for found in self.loop.log.evaluations().values()), default=math.inf)
         if self.training.keep_best and self.latest >= best:
             logger.info("generator/ keeps the weights with %.4f nats, the lowest so far", best)
             return
@@ -228,7 +228,7 @@ class GeneratorRun:
             batch_size=self.training.batch_size,
             keep_best=self.training.keep_best,
         )  # fmt: skip
-        write_report(self.output_dir, self.loop.journal, self.baselines, progress)
+        write_report(self.output_dir, self.loop.log, self.baselines, progress)
 
 
 def prefix_length(seed: int, step: int, num_channels: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 N = 23  # no multiple of the batch of 5, nor of 5 classes
-NO_PLOTS = "import generator.quality.report as r; r.save_line_plot = lambda *arguments, **options: None\n"
+NO_PLOTS = "import evaluation.fid.report as r; r.save_line_plot = lambda *arguments, **options: None\n"
 TIMES = {"draw_seconds", "decode_seconds", "look_seconds"}
 
 

@@ -11,13 +11,14 @@ from conftest import REPO
 
 import benchmark
 
-PACKAGES = ("common", "tokenizer", "generator")
+PACKAGES = ("common", "tokenizer", "generator", "training", "evaluation")
 MAX_LINES = 350
 PRODUCT = sorted(
     path.relative_to(REPO).as_posix() for pattern in ("*.py", *(f"{p}/**/*.py" for p in PACKAGES))
     for path in REPO.glob(pattern)
 )  # fmt: skip
 SCRIPTS = {PurePosixPath(path).stem for path in PRODUCT if "/" not in path}
+TRAINING_MODULES = {"training.py", "objective.py", "rate.py", "progress.py", "classifier.py"}
 COMMAND_LINE = {"argparse", "optparse", "getopt", "click", "typer", "fire", "absl"}
 
 
@@ -61,9 +62,16 @@ def calls(tree):
 
 
 def wrong_package(path, tree):
-    allowed = {"scripts": set(PACKAGES), "common": {"common"}}.get(package(path), {"common", package(path)})
-    if path == "generator/pipeline.py":
-        allowed = allowed | {"tokenizer"}
+    home, name = package(path), PurePosixPath(path).name
+    allowed = {"common", home}
+    if home == "scripts":
+        allowed = set(PACKAGES)
+    elif home == "evaluation":
+        allowed |= {"tokenizer", "generator"}
+    elif path == "generator/pipeline.py":
+        allowed |= {"tokenizer"}
+    if name in TRAINING_MODULES:
+        allowed |= {"training"}
     ours = {*PACKAGES, *SCRIPTS, "tests", "oracles", "conftest"}
     roots = [name.split(".")[0] for name in imports(path, tree)]
     return [f"{package(path)} imports {root}" for root in roots if root in ours - allowed]
@@ -84,10 +92,10 @@ def weights_elsewhere(path, tree):
 
 def library_elsewhere(path, tree):
     allowed = {
-        "torch_fidelity": path == "common/fid.py",
-        "transformers": path == "generator/speed/samplers.py",
-        "accelerate": path in ("common/team.py", "common/processes.py")
-        or package(path) == "scripts"
+        "torch_fidelity": path == "evaluation/features.py",
+        "transformers": path == "evaluation/speed/samplers.py",
+        "accelerate": path == "common/team.py"
+        or package(path) in ("scripts", "training")
         or PurePosixPath(path).name == "training.py",
     }
     return [name for name in imports(path, tree) if not allowed.get(name.split(".")[0], True)]
@@ -179,7 +187,7 @@ def test_product_files_follow_the_rules(path):
         ("tokenizer/a.py", "from argparse import ArgumentParser", "command_line_elsewhere"),
         ("sample.py", "import sys\nx = sys.argv[1]", "command_line_elsewhere"),
         ("generator/tokens.py", "from safetensors.torch import save_file", "weights_elsewhere"),
-        ("common/training.py", "import safetensors", "weights_elsewhere"),
+        ("training/loop.py", "import safetensors", "weights_elsewhere"),
         ("tokenizer/a.py", "import torch\nx = torch.load('a', weights_only=True)", "weights_elsewhere"),
         ("tokenizer/a.py", "from torch import save", "weights_elsewhere"),
         ("tokenizer/a.py", "import torch\ntorch.save({}, 'a')", "weights_elsewhere"),
@@ -218,9 +226,9 @@ def test_violations_are_found(path, source, rule):
         ("tokenizer/a.py", "from . import bsq\nfrom .bsq import pack_bits\nimport tokenizers\nimport sampler"),
         ("common/cli.py", "import argparse\nimport sys\nx = sys.argv"),
         ("common/checkpoint.py", "import safetensors, torch\ntorch.load('a', weights_only=True)"),
-        ("common/fid.py", "import torch_fidelity"),
-        ("generator/speed/samplers.py", "from transformers import LlamaConfig"),
-        ("common/training.py", "from accelerate import Accelerator"),
+        ("evaluation/features.py", "import torch_fidelity"),
+        ("evaluation/speed/samplers.py", "from transformers import LlamaConfig"),
+        ("training/loop.py", "from accelerate import Accelerator"),
         ("common/team.py", "def f():\n    from accelerate import PartialState"),
         ("train_ar.py", "from accelerate import Accelerator"),
         ("common/a.py", "getattr(a, 'b')\nzip(a, b, strict=False)\nload(a, strict=True)\nx = 'print(1)'"),

@@ -20,18 +20,18 @@ from transformers import LlamaForCausalLM
 from benchmark import random_config
 from common.measuring import held_bytes, peak_memory
 from common.plots import Panel, save_line_plot
+from evaluation.speed import limits, measure, samplers
+from evaluation.speed.config import SAMPLERS, SpeedConfig
+from evaluation.speed.limits import BandwidthProbe, TokenBytes, token_bytes
+from evaluation.speed.measure import Measured, Setting, Subject, measure_speed, rows_of
+from evaluation.speed.report import table
+from evaluation.speed.samplers import Clock, Task, build_sampler, lengths_to_measure, same_trunk, total_times
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.model import ChannelGPT
-from generator.speed import limits, measure, samplers
-from generator.speed.config import SAMPLERS, SpeedConfig
-from generator.speed.limits import BandwidthProbe, TokenBytes, token_bytes
-from generator.speed.measure import Measured, Setting, Subject, measure_speed, rows_of
-from generator.speed.report import table
-from generator.speed.samplers import Clock, Task, build_sampler, lengths_to_measure, same_trunk, total_times
 
 C = 16
-SMALL_PROBE = "import generator.speed.limits as limits; limits.PROBE_BYTES = 2**20"
+SMALL_PROBE = "import evaluation.speed.limits as limits; limits.PROBE_BYTES = 2**20"
 FIELDS = {
     "sampler", "device", "dtype", "batch_size", "cfg_scale", "num_tokens", "ms_per_token", "ms_per_token_min",
     "ms_by_position", "decode_ms", "images_per_second", "pictures_decoded", "first_preview_ms", "peak_memory_mb",

@@ -19,8 +19,8 @@ from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
 from common.classifier import KIND, PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
-from common.fid import FeatureExtractor
 from common.images import to_float
+from evaluation.features import FeatureExtractor
 from tokenizer.settings import ClassifierTrainingConfig
 
 REPO = Path(__file__).resolve().parents[1]

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from common.checkpoint import load_tensors
 from common.classifier import PictureClassifier
-from common.fid import FeatureExtractor
 from common.images import load_image, to_float
+from evaluation.features import FeatureExtractor
 
 SIZE = 16
 Run = Callable[..., Finished]
@@ -28,7 +28,7 @@ FLAGS = [
 # SIGKILL some steps after the first checkpoint
 KILL_IN_STEP = """
 import os, signal
-from common import training
+from training import loop as training
 step = training.Loop._step
 def killed(self, *arguments):
     if self.step == 17:

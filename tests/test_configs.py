@@ -16,12 +16,12 @@ import train_tokenizer
 from benchmark import random_config
 from common import cli
 from common.config import ClassifierConfig
-from common.steps import StepPlan
 from generator.config import GENERATOR_SIZES, GeneratorConfig, GeneratorTrainingConfig
 from generator.model import Block, ChannelGPT
 from tokenizer import ChannelTokenizer
 from tokenizer.published import published_config, rename_published_keys
 from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
+from training.schedule import StepPlan
 
 REPO = Path(__file__).resolve().parents[1]
 NEEDED = ["--data_dir", "photos", "--output_dir", "run"]

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from common.errors import InputError
 from common.images import Crop, load_image, to_float
-from common.training import generator_for
 from generator.tokens import TokenStore
 from tokenizer.data import ImageDataset, UnreadableFiles, collate
 from tokenizer.settings import AugmentationConfig, DataConfig
 from tokenizer.sources import FolderSource, open_source
+from training.loop import generator_for
 
 NAMES = ["hen", "tench"]
 

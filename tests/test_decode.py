@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from conftest import sharp_generator, tiny_config
 from oracles.sampling import bits_of, code_log_probabilities
 
+from evaluation.speed.samplers import same_trunk
 from generator.decode import CachedDecoder
 from generator.engine import Batch, Engine
 from generator.model import ChannelGPT, rotary_tables
 from generator.sampling import code_log_probabilities as product_log_probabilities
-from generator.speed.samplers import same_trunk
 from tokenizer import ChannelTokenizer
 
 C, BITS, CODES = 16, 6, 64

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import InputError
-from common.model_state import call_frozen
 from tokenizer.discriminator import PatchDiscriminator, discriminator_loss, gradient_ratio, last_layer_gradients
 from tokenizer.settings import GanConfig
+from training.model_state import call_frozen
 
 
 def pictures(count, size=32, seed=0):

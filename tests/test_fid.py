@@ -1,4 +1,4 @@
-"""common/fid.py: running statistics and the distance against plain formulas; loading weights that are not ours."""
+"""Features and distances: against plain formulas; loading weights of other models."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from oracles import fid as oracle
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from common import fid
 from common.checkpoint import load_foreign_state, load_tensors, save_tensors
 from common.errors import InputError
-from common.fid import FeatureExtractor
-from common.frechet import RunningStatistics, frechet_distance
+from evaluation import features as fid
+from evaluation.features import FeatureExtractor
+from evaluation.frechet import RunningStatistics, frechet_distance
 
 Features = npt.NDArray[np.float64]
 

@@ -213,7 +213,7 @@ def test_a_sharded_run_is_resumed_by_shards_exactly(train: Train, tmp_path: Path
 # stops the process of a rank after a step
 STOP = """
 import os, signal
-from common import training
+from training import loop as training
 step = training.Loop._step
 def stopping(self, *arguments):
     step(self, *arguments)
@@ -254,7 +254,8 @@ def test_sigkill_at_random_times_does_not_change_the_result(
 # slow steps and a slow disk, so that a kill can be timed
 SLOW_STEPS = """
 import time
-from common import checkpoint, training
+from common import checkpoint
+    from training import loop as training
 step, sync = training.Loop._step, checkpoint._sync
 training.Loop._step = lambda self, *arguments: (time.sleep(0.02), step(self, *arguments))[1]
 checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
@@ -263,7 +264,7 @@ checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
 
 # a launcher sends signals one after the other: to this process when all are saving already
 LATE = """
-from common import resuming
+from training import checkpoints as resuming
 save = resuming.Checkpoints.save
 def told(self, *arguments):
     for _ in range(2):
@@ -305,7 +306,7 @@ def test_a_run_that_is_stopped_before_its_first_step_can_be_resumed(
 ) -> None:
     at_once = """
 import os, signal
-from common import training
+from training import loop as training
 evaluate = training.Loop._evaluate_if_due
 def told(self, *arguments):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -23,7 +23,6 @@ from common.bit_prior import BitPrior, fit_bit_prior
 from common.config import LoopConfig
 from common.errors import InputError
 from common.randomness import generator_for
-from common.steps import StepPlan, StepSampler
 from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from generator.model import ChannelGPT
 from generator.objective import GeneratorLoss, GeneratorObjective
@@ -33,6 +32,7 @@ from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
 from generator.training import train_generator
 from tokenizer import ChannelTokenizer
+from training.schedule import StepPlan, StepSampler
 
 C, BITS = 16, 6
 SIZE = GeneratorConfig(num_layers=2, num_heads=2, hidden_size=32, intermediate_size=64)
@@ -331,13 +331,13 @@ def test_a_resumed_loader_continues_within_the_epoch(token_store: Path) -> None:
 # ------------------------------------------------------------------------------------- killed and resumed
 
 KILLED_BETWEEN = """
-import os, signal, common.training
-real = common.training.learning_rate_at
+import os, signal, training.loop
+real = training.loop.learning_rate_at
 def rate(step, config):
     if step == 13:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(step, config)
-common.training.learning_rate_at = rate
+training.loop.learning_rate_at = rate
 """
 KILLED_WRITING = """
 import os, signal, common.checkpoint

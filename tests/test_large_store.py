@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from common.config import LoopConfig
-from common.steps import StepPlan, StepSampler
+from training.schedule import StepPlan, StepSampler
 from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
 

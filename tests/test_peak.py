@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import peak
-from common.peak import peak_of
+from training import peak
+from training.peak import peak_of
 
 CUDA = torch.device("cuda")
 

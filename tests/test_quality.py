@@ -15,23 +15,23 @@ from measurement import N, classes_of, measure, results, rows, words
 from oracles import fid as oracle
 from PIL import Image
 
-from common import fid
 from common.checkpoint import load_tensor
 from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
-from common.fid import FeatureExtractor
 from common.images import load_image
 from common.team import team
+from evaluation import features as fid
+from evaluation.features import FeatureExtractor
+from evaluation.fid.config import QualityConfig, sweep_settings
+from evaluation.fid.labels import distance_field, measure_labels
+from evaluation.fid.measure import measure_quality, open_subject
+from evaluation.fid.parts import Parts
+from evaluation.fid.reference import About
+from evaluation.fid.samples import labels_of
 from generator.config import SamplingConfig
 from generator.engine import Engine
 from generator.pipeline import ChannelTokPipeline
-from generator.quality.config import QualityConfig, sweep_settings
-from generator.quality.labels import distance_field, measure_labels
-from generator.quality.measure import measure_quality, open_subject
-from generator.quality.parts import Parts
-from generator.quality.reference import About
-from generator.quality.samples import labels_of
 
 # ------------------------------------------------------------------------------------- the pass
 

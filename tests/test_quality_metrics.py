@@ -1,4 +1,4 @@
-"""common/fid.py: KID, precision and recall, and the score against plain formulas; the classifier in torch-fidelity."""
+"""KID, precision, recall and Inception score: against plain formulas; the classifier in torch-fidelity."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL
 
-from common import fid
 from common.checkpoint import load_foreign_state
 from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
-from common.fid import (
+from evaluation import features as fid
+from evaluation.features import (
     CLASSIFIER,
     FeatureExtractor,
     kernel_distance,
@@ -30,7 +30,7 @@ from common.fid import (
     register_classifier,
     score_of_logits,
 )
-from common.frechet import RunningStatistics, frechet_distance
+from evaluation.frechet import RunningStatistics, frechet_distance
 
 NAMES = ["hen", "tench", "dam", "lion", "koala"]
 

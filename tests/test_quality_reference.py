@@ -15,15 +15,15 @@ from PIL import Image
 from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
-from common.fid import FeatureExtractor
-from common.frechet import RunningStatistics, frechet_distance
 from common.images import load_image
+from evaluation.features import FeatureExtractor
+from evaluation.fid.config import QualityConfig
+from evaluation.fid.npz import NpzPictures, write_npz
+from evaluation.fid.reference import KEPT, Collector, FolderImages, folder_reference, npz_reference
+from evaluation.frechet import RunningStatistics, frechet_distance
 from generator.config import SamplingConfig
 from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
-from generator.quality.config import QualityConfig
-from generator.quality.npz import NpzPictures, write_npz
-from generator.quality.reference import KEPT, Collector, FolderImages, folder_reference, npz_reference
 from generator.settings import ModelSettings
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.randomness import Stream
-from common.steps import Part
 from tokenizer.bsq import pack_bits, signs_to_codes
 from tokenizer.rate import RateTerm, bit_flips, rate_figures, rate_weights
 from tokenizer.settings import RateConfig
 from tokenizer.tokenizer import ChannelTokenizer
+from training.schedule import Part
 
 B, C, BITS, CLASSES = 4, 5, 3, 2
 PART = Part(seed=3, step=9, rows=range(B), batch_size=B)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 import benchmark
 from common.checkpoint import fingerprint
 from common.errors import InputError
-from common.fid import FeatureExtractor
 from common.images import load_image, to_float
+from evaluation.features import FeatureExtractor
+from evaluation.reconstruction import measure, report
+from evaluation.reconstruction.codebook import CodebookCounts
+from evaluation.reconstruction.config import ReconstructionConfig
+from evaluation.reconstruction.measure import ReconstructionResults, measure_reconstruction, psnr_curve
 from tokenizer import ChannelTokenizer, PictureDecoder
 from tokenizer.data import spread
-from tokenizer.reconstruction import measure, report
-from tokenizer.reconstruction.codebook import CodebookCounts
-from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.reconstruction.measure import ReconstructionResults, measure_reconstruction, psnr_curve
 from tokenizer.settings import DataConfig
 
 C, BITS, SIZE = 16, 6, 32

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from common.bit_prior import BitPrior
-from common.fid import FeatureExtractor
 from common.images import load_image, to_float
 from common.plots import Panel
+from evaluation.features import FeatureExtractor
+from evaluation.reconstruction import rate as rate_module
+from evaluation.reconstruction import report
+from evaluation.reconstruction.config import ReconstructionConfig
+from evaluation.reconstruction.measure import ReconstructionResults, measure_reconstruction
 from tokenizer import ChannelTokenizer, PictureDecoder
 from tokenizer.bsq import pack_bits, unpack_bits
-from tokenizer.reconstruction import rate as rate_module
-from tokenizer.reconstruction import report
-from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.reconstruction.measure import ReconstructionResults, measure_reconstruction
 from tokenizer.settings import DataConfig
 
 C, BITS, SIZE = 16, 6, 32

@@ -17,7 +17,7 @@ FLAGS = [
 # SIGKILL between two steps, or with a checkpoint half written
 KILL_IN_STEP = """
 import os, signal
-from common import training
+from training import loop as training
 step = training.Loop._step
 def killed(self, *arguments):
     if self.step == 5:
@@ -27,7 +27,7 @@ training.Loop._step = killed
 """
 KILL_IN_CHECKPOINT = """
 import os, signal
-from common import resuming
+from training import checkpoints as resuming
 save = resuming.save_tensors
 def killed(path, tensors):
     save(path, tensors)

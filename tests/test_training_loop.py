@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from torch import nn
 
-from common.model_state import make_optimizer
 from tokenizer import ChannelTokenizer
+from training.model_state import make_optimizer
 
 MODEL = [
     *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4),
@@ -166,7 +166,7 @@ def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, eve
 
 KILL_AT_STEP_4 = """
 import os, signal
-from common import training
+from training import loop as training
 step = training.Loop._step
 def killed(self, *arguments):
     if self.step == 4:

@@ -6,10 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.model_state import AuxiliaryModel, call_frozen
 from common.runtime import send
-from common.steps import Part
-from common.training import Loop, StepLoss
 from tokenizer.discriminator import PatchDiscriminator, discriminator_loss, gradient_ratio, last_layer_gradients
 from tokenizer.losses import tokenizer_loss
 from tokenizer.perceptual import ClassifierDistance, PerceptualDistance
@@ -17,6 +14,9 @@ from tokenizer.rate import RateTerm, bit_flips
 from tokenizer.settings import GanConfig, TailDropConfig, TokenizerLossConfig
 from tokenizer.tail_drop import draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
+from training.loop import Loop, StepLoss
+from training.model_state import AuxiliaryModel, call_frozen
+from training.schedule import Part
 
 DISCRIMINATOR, PRIOR = "opponent", "prior"  # names of the auxiliary models in checkpoints and logs
 DISCRIMINATOR_BETAS = (0.5, 0.9)  # as Esser et al. (arXiv 2012.09841)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from common.bit_prior import BitPrior
-from common.model_state import AuxiliaryModel, call_frozen
 from common.randomness import Stream
 from common.runtime import send
-from common.steps import Part
 from tokenizer.bsq import straight_through, unpack_bits
 from tokenizer.config import evaluation_lengths
 from tokenizer.settings import RateConfig
+from training.model_state import AuxiliaryModel, call_frozen
+from training.schedule import Part
 
 PRIOR_BETAS = (0.9, 0.99)
 
@@ -59,7 +59,7 @@ class RateTerm:
         self.prior = BitPrior(num_channels, num_bits, num_classes)
 
     def auxiliary_model(self) -> AuxiliaryModel:
-        """The prior, for `common.training.Loop`."""
+        """The prior, for `training.loop.Loop`."""
         learning_rate = self.config.prior_learning_rate
         return AuxiliaryModel(model=self.prior, learning_rate=learning_rate, betas=PRIOR_BETAS, follows_schedule=True)
 

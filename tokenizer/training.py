@@ -13,10 +13,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
-from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, move, pick_dtype
-from common.steps import Part
-from common.training import Loop, RunTasks, StepLoss
 from tokenizer.config import TokenizerConfig, evaluation_lengths
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.metrics import psnr_by_length
@@ -33,6 +30,9 @@ from tokenizer.settings import (
 )
 from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
+from training.distributed import make_accelerator
+from training.loop import Loop, RunTasks, StepLoss
+from training.schedule import Part
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8

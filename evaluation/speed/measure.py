@@ -16,13 +16,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.measuring import peak_memory
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
+from evaluation.speed.config import SpeedConfig
+from evaluation.speed.limits import BandwidthProbe, TokenBytes, token_bytes
+from evaluation.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler, same_trunk
 from generator.config import ChannelGPTConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.model import ChannelGPT
-from generator.speed.config import SpeedConfig
-from generator.speed.limits import BandwidthProbe, TokenBytes, token_bytes
-from generator.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler, same_trunk
 
 logger = logging.getLogger(__name__)
 BUCKETS = 8

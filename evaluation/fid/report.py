@@ -12,12 +12,12 @@ from common.checkpoint import write_text
 from common.images import captioned_table, save_png, to_pil
 from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
-from common.reports import cell, place, table_head, table_line
-from generator.quality.config import QualityConfig
-from generator.quality.labels import against, measure_labels
-from generator.quality.measure import QualityResults, Subject
-from generator.quality.reference import About, Reference
-from generator.quality.samples import labels_of
+from evaluation.fid.config import QualityConfig
+from evaluation.fid.labels import against, measure_labels
+from evaluation.fid.measure import QualityResults, Subject
+from evaluation.fid.reference import About, Reference
+from evaluation.fid.samples import labels_of
+from evaluation.tables import cell, place, table_head, table_line
 
 logger = logging.getLogger(__name__)
 FORMS = {

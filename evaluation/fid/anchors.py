@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
 from common.randomness import generator_for
+from evaluation.fid.samples import Eyes
+from evaluation.frechet import RunningStatistics, frechet_distance
 from generator.pipeline import ChannelTokPipeline
-from generator.quality.samples import Eyes
 
 
 class Anchors:

@@ -22,11 +22,11 @@ from transformers import (
 
 from common.measuring import synchronize
 from common.runtime import move
+from evaluation.speed.config import OURS
 from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.engine import Engine
 from generator.generate import stream
 from generator.model import NORM_EPS, Block, ChannelGPT
-from generator.speed.config import OURS
 
 Milliseconds = npt.NDArray[np.float64]
 UNCACHED_LENGTHS = (1, 32, 64, 128, 192, 256, 384)

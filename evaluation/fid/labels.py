@@ -1,8 +1,8 @@
 """What a number may be called: never more than was measured."""
 
-from common.fid import INCEPTION
-from generator.quality.config import FULL
-from generator.quality.reference import About
+from evaluation.features import INCEPTION
+from evaluation.fid.config import FULL
+from evaluation.fid.reference import About
 
 FEW = 10_000  # pictures of a reference below which their number is said beside every figure
 

@@ -7,7 +7,7 @@ from typing import Any
 from common.checkpoint import write_text
 
 
-class Journal:
+class JsonlLog:
     """Lines {"step": n, "loss": ...} of training and {"step": n, "evaluation": {...}} of evaluations."""
 
     def __init__(self, output_dir: str | Path):

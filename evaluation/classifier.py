@@ -16,13 +16,13 @@ from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
 from common.images import to_float
-from common.processes import make_accelerator
 from common.runtime import check_can_compile, leave_signals_to_the_trainer
-from common.steps import Part
-from common.training import Loop, RunTasks, StepLoss
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate
 from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
 from tokenizer.sources import check_same_classes, open_source
+from training.distributed import make_accelerator
+from training.loop import Loop, RunTasks, StepLoss
+from training.schedule import Part
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "features.safetensors"

@@ -110,7 +110,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-class Peers:
+class Processes:
     """What the processes of a run tell one another beside gradients; on the CPU, so that no GPU is waited for."""
 
     def __init__(self, accelerator: Accelerator):

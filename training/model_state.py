@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.processes import copy_into, own_part, whole
+from training.distributed import copy_into, own_part, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside the number of its steps
 State = Iterator[tuple[str, Tensor]]
@@ -104,7 +104,7 @@ class ModelState:
                 self.optimizer.state[parameter] = {"step": state[f"{stem}step"].to(parameter.device), **moments}
 
 
-class Average:
+class EMA:
     """The exponential moving average of a model's weights.
 
     Where the weights are sharded so is the average, and `model` gets it when it is asked for.
@@ -175,5 +175,5 @@ class Average:
 
 
 def shell_of(model: nn.Module) -> nn.Module:
-    """A copy for `Average`, to be made before the model is wrapped or sharded."""
+    """A copy for `EMA`, to be made before the model is wrapped or sharded."""
     return copy.deepcopy(model)

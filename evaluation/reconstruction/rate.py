@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from common.bit_prior import BitPrior, fit_bit_prior
 from common.errors import InputError
-from common.fid import FeatureExtractor
-from common.frechet import RunningStatistics, frechet_distance
+from evaluation.features import FeatureExtractor
+from evaluation.frechet import RunningStatistics, frechet_distance
+from evaluation.reconstruction.config import ReconstructionConfig
 from tokenizer.bsq import pack_bits, unpack_bits
 from tokenizer.data import UnreadableFiles, spread
 from tokenizer.extraction import VIEWS, tokenize_files
-from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.settings import DataConfig
 from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer

@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 from common.checkpoint import write_text
 from common.errors import InputError
-from common.fid import FeatureExtractor
 from common.images import save_png, to_pil
 from common.measuring import synchronize
 from common.randomness import generator_for
 from common.runtime import is_out_of_memory
 from common.team import Team
+from evaluation.features import FeatureExtractor
+from evaluation.fid.config import QualityConfig
+from evaluation.fid.parts import Part, Parts
+from evaluation.fid.reference import DRAWN_MARK
 from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
-from generator.quality.config import QualityConfig
-from generator.quality.parts import Part, Parts
-from generator.quality.reference import DRAWN_MARK
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from common.checkpoint import write_text
 from common.errors import InputError
 from common.measuring import machine, versions
 from common.plots import save_heat_map
-from common.reports import table_head, table_line
 from common.team import Team
+from evaluation.fid.config import QualityConfig, sweep_settings
+from evaluation.fid.labels import against, distance_field, measure_labels
+from evaluation.fid.measure import Subject, measure_quality
+from evaluation.fid.report import PACKAGES, write_report
+from evaluation.tables import table_head, table_line
 from generator.config import SamplingConfig
-from generator.quality.config import QualityConfig, sweep_settings
-from generator.quality.labels import against, distance_field, measure_labels
-from generator.quality.measure import Subject, measure_quality
-from generator.quality.report import PACKAGES, write_report
 from generator.settings import SETTINGS_FILE, ModelSettings
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
 from common.errors import InputError
-from common.fid import FeatureExtractor
-from common.frechet import RunningStatistics
 from common.images import UnreadableImageError, load_image
 from common.runtime import leave_signals_to_the_trainer
-from generator.quality.config import FEWEST, QualityConfig
-from generator.quality.npz import NpzPictures
+from evaluation.features import FeatureExtractor
+from evaluation.fid.config import FEWEST, QualityConfig
+from evaluation.fid.npz import NpzPictures
+from evaluation.frechet import RunningStatistics
 
 logger = logging.getLogger(__name__)
 KEPT = 10_000  # features that are kept for KID, precision and recall; the guided-diffusion evaluator has as many

@@ -13,8 +13,8 @@ from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil
 from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
-from common.reports import table_head, table_line
-from tokenizer.reconstruction.measure import ReconstructionResults
+from evaluation.reconstruction.measure import ReconstructionResults
+from evaluation.tables import table_head, table_line
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torchmetrics", "torch-fidelity")

@@ -8,8 +8,8 @@ from typing import Any
 from common.checkpoint import write_text
 from common.measuring import machine, versions
 from common.plots import Panel, save_line_plot
-from common.reports import place, table_head, table_line
-from generator.speed.measure import Row, SpeedResults
+from evaluation.speed.measure import Row, SpeedResults
+from evaluation.tables import place, table_head, table_line
 
 logger = logging.getLogger(__name__)
 SETTING = ("dtype", "batch_size", "cfg_scale")

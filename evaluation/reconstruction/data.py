@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
+from evaluation.reconstruction.config import ReconstructionConfig
 from tokenizer.data import ImageBatch, ImageDataset, collate, spread
-from tokenizer.reconstruction.config import ReconstructionConfig
 from tokenizer.settings import DataConfig
 from tokenizer.sources import open_source
 

@@ -13,18 +13,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint
 from common.errors import InputError
-from common.fid import FEATURES, FeatureExtractor
-from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
 from common.runtime import move, pick_device, pick_dtype
+from evaluation.features import FEATURES, FeatureExtractor
+from evaluation.frechet import RunningStatistics, frechet_distance
+from evaluation.reconstruction.codebook import CodebookCounts
+from evaluation.reconstruction.config import ReconstructionConfig
+from evaluation.reconstruction.data import open_images
+from evaluation.reconstruction.rate import RateMeasurement, RateResults
 from tokenizer.data import UnreadableFiles, spread
 from tokenizer.decoding import PictureDecoder
 from tokenizer.metrics import psnr, ssim
 from tokenizer.perceptual import PerceptualDistance
-from tokenizer.reconstruction.codebook import CodebookCounts
-from tokenizer.reconstruction.config import ReconstructionConfig
-from tokenizer.reconstruction.data import open_images
-from tokenizer.reconstruction.rate import RateMeasurement, RateResults
 from tokenizer.settings import DataConfig
 from tokenizer.tokenizer import ChannelTokenizer
 

@@ -16,19 +16,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint, read_json
 from common.errors import InputError
-from common.fid import kernel_distance, kid_subset, precision_and_recall, score_of_logits
-from common.frechet import RunningStatistics, frechet_distance
 from common.images import to_float
 from common.runtime import pick_dtype
 from common.team import Team
-from generator.config import SamplingConfig
-from generator.pipeline import ChannelTokPipeline
-from generator.quality.anchors import Anchors
-from generator.quality.config import QualityConfig
-from generator.quality.labels import distance_field
-from generator.quality.npz import write_npz
-from generator.quality.parts import Parts
-from generator.quality.reference import (
+from evaluation.features import kernel_distance, kid_subset, precision_and_recall, score_of_logits
+from evaluation.fid.anchors import Anchors
+from evaluation.fid.config import QualityConfig
+from evaluation.fid.labels import distance_field
+from evaluation.fid.npz import write_npz
+from evaluation.fid.parts import Parts
+from evaluation.fid.reference import (
     Decoding,
     FolderImages,
     Reference,
@@ -38,7 +35,7 @@ from generator.quality.reference import (
     saved_path,
     saved_reference,
 )
-from generator.quality.samples import (
+from evaluation.fid.samples import (
     Eyes,
     draw_samples,
     labels_of,
@@ -47,6 +44,9 @@ from generator.quality.samples import (
     pictures_of,
     save_pictures,
 )
+from evaluation.frechet import RunningStatistics, frechet_distance
+from generator.config import SamplingConfig
+from generator.pipeline import ChannelTokPipeline
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def measure_quality(
 ) -> QualityResults | None:
     """Draw what is missing, and measure in the main process; None in the others.
 
-    Kept in memory are the features of one k. What a part holds is in `generator.quality.parts`.
+    Kept in memory are the features of one k. What a part holds is in `evaluation.fid.parts`.
 
     Args:
         subject: the model, what looks at its pictures and what they are compared with.

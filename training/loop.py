@@ -19,13 +19,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.config import LoopConfig
 from common.errors import InputError
-from common.journal import Journal
-from common.model_state import AuxiliaryModel, Average, ModelState, State, make_optimizer, shell_of
-from common.processes import Peers, whole
 from common.randomness import Stream, generator_for
-from common.resuming import Checkpoints
 from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
-from common.steps import Part, StepPlan, StepSampler, learning_rate_at
+from training.checkpoints import Checkpoints
+from training.distributed import Processes, whole
+from training.log import JsonlLog
+from training.model_state import EMA, AuxiliaryModel, ModelState, State, make_optimizer, shell_of
+from training.schedule import Part, StepPlan, StepSampler, learning_rate_at
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -101,13 +101,13 @@ class Loop:
         self.config, self.accelerator = config, accelerator
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
-        self.journal = Journal(config.output_dir)
+        self.log = JsonlLog(config.output_dir)
         self.step, self._saved = 0, -1
         self.images_per_second = math.nan  # mean over this session's reports, without the first one if there are more
         self.plan = StepPlan(config, accelerator.process_index, accelerator.num_processes)
         check_output_dir(config)
         if not config.resume and accelerator.is_main_process:
-            self.journal.begin()
+            self.log.begin()
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         shell = shell_of(model) if accelerator.is_main_process else None
         betas = (config.beta1, config.beta2)
@@ -118,13 +118,13 @@ class Loop:
             self.auxiliary[name] = self._prepare(f"{name}.", extra.model, extra.learning_rate, extra.betas, 0.0, {})
             if extra.follows_schedule:
                 self._scheduled_rates[name] = extra.learning_rate
-        self.average: Average | None = None  # kept where it is looked at, or by all who hold a shard
+        self.average: EMA | None = None  # kept where it is looked at, or by all who hold a shard
         if shell is not None or self.sharded:
-            self.average = Average(shell, self.main.bare, config.ema_decay, sharded=self.sharded)
+            self.average = EMA(shell, self.main.bare, config.ema_decay, sharded=self.sharded)
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._loss = torch.zeros(())
-        self._peers = Peers(accelerator)
+        self._processes = Processes(accelerator)
         self._windows: list[tuple[int, float]] = []  # steps and seconds between reports
         if config.resume:
             self._restore()
@@ -159,7 +159,7 @@ class Loop:
         for part in self._parts():
             yield from part.state()
 
-    def _parts(self) -> list[ModelState | Average]:
+    def _parts(self) -> list[ModelState | EMA]:
         return [self.main, *([self.average] if self.average else []), *self.auxiliary.values()]
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class Loop:
             state |= self._state()
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state, self.settings)
-        self._peers.wait()
+        self._processes.wait()
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -195,7 +195,7 @@ class Loop:
         for part in self._parts():
             part.restore(state)
         if self.accelerator.is_main_process:
-            self.journal.cut(self.step)
+            self.log.cut(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
     def sampler(self, length: int) -> StepSampler:
@@ -225,20 +225,20 @@ class Loop:
         ):
             # the evaluation of the step that a run was resumed at, where that was cut short
             self._evaluate_if_due(tasks, stop)
-            while not self._peers.any(stop.requested) and self.step < config.steps:
+            while not self._processes.any(stop.requested) and self.step < config.steps:
                 self._step(stream, loss, tasks, bar)
                 self._evaluate_if_due(tasks, stop)
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self._save()
                     self._reported = (self.step, time.perf_counter())  # images/s is that of training alone
             # signals to other processes may still come: none of them may end before all have saved
-            if self._peers.any(stop.requested):
+            if self._processes.any(stop.requested):
                 self._check_health()
                 self._save()
                 logger.warning("stopped at step %d of %d, which is saved; --resume goes on", self.step, config.steps)
             elif main:
                 tasks.finish()
-            self._peers.wait()
+            self._processes.wait()
         accelerator.end_training()
 
     def _step(
@@ -299,18 +299,18 @@ class Loop:
         if self.step == 0 or (self.step % self.config.evaluate_every and self.step != self.config.steps):
             return
         averaged = self.average.model() if self.average is not None else None
-        if self.accelerator.is_main_process and self.step not in self.journal.evaluations():
+        if self.accelerator.is_main_process and self.step not in self.log.evaluations():
             try:
                 with stop.interrupting():
                     figures = tasks.evaluate(averaged, self.step)
                     tasks.export(averaged)
-                self.journal.append({"step": self.step, "evaluation": figures})
+                self.log.append({"step": self.step, "evaluation": figures})
                 self._track({f"evaluation/{name}": value for name, value in figures.items()})
             except Interrupted:
                 logger.warning("the evaluation at step %d was given up; --resume makes up for it", self.step)
         if self.average is not None:
             self.average.release()
-        self._peers.wait()
+        self._processes.wait()
         self._reported = (self.step, time.perf_counter())
 
     def _report(self, terms: dict[str, Tensor], rate: float, tasks: RunTasks, bar: Any) -> None:
@@ -331,7 +331,7 @@ class Loop:
             if memory := peak_memory_of_process(self.accelerator.device):
                 shown["GB"] = f"{memory / 1e9:.1f}"
             bar.set_postfix({**shown, **{name: f"{value:.3f}" for name, value in values.items()}})
-            self.journal.append({"step": self.step, "learning_rate": rate, **values})
+            self.log.append({"step": self.step, "learning_rate": rate, **values})
             self._track({"learning_rate": rate, **speed, **values})
 
     def _check_health(self) -> None:

@@ -1,0 +1,1 @@
+"""Measurements behind benchmark.py: fid, reconstruction and speed, with their metrics, tables and plots."""
