@@ -21,7 +21,7 @@ import yaml
 
 from common.errors import InputError
 
-LOGGERS = ("common", "evaluation", "generator", "tokenizer", "training")  # one for each package
+LOGGERS = ("common", "evaluation", "generator", "refiner", "tokenizer", "training")  # one for each package
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:
@@ -114,13 +114,13 @@ def parse(
     """Parse the command line into one instance of each class.
 
     Args:
-        kinds: dataclasses; every field is a flag. Names differ.
+        kinds: dataclasses; every field is a flag, of a repeated one the last value counts. Names differ.
         argv: the words after the program's name; None reads the process's own.
         description: shown by --help.
         command: the sub-command that these flags belong to, shown by --help.
 
     Raises:
-        InputError: an unknown or repeated name, a value of the wrong type, or what the classes refuse.
+        InputError: an unknown name, a value of the wrong type, or what the classes refuse.
     """
     program = None if command is None else f"{_program()} {command}"
     formatter = argparse.ArgumentDefaultsHelpFormatter

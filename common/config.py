@@ -1,5 +1,6 @@
 """Settings that several commands share; imports no torch."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,3 +81,22 @@ class ClassifierConfig:
             raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
         if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
             raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How images are refined.
+
+    Attributes:
+        steps: of the integration, at least 1; each but the last costs two passes, the last one.
+        cfg_scale: classifier-free guidance; 1 = off and costs half.
+    """
+
+    steps: int = 6
+    cfg_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"refine is {self.steps}; it must be a number of steps of at least 1, or 0 for none")
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise InputError(f"refine_cfg_scale is {self.cfg_scale}; it must be 0 or above")

@@ -23,6 +23,8 @@ class Stream(IntEnum):
     PREFIX_LENGTH = 6
     PRIOR_LABELS = 7
     BIT_NOISE = 8
+    NUM_TOKENS = 9
+    CONTINUED = 10
 
 
 def generator_for(*key: int) -> torch.Generator:
@@ -44,4 +46,20 @@ def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
         if not 0 <= seed < 2**63:
             raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_channels) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def normals(seeds: Sequence[int], *shape: int) -> Tensor:
+    """Standard normal numbers, a block for each seed and a function of it alone: (b *shape) float32, on the CPU.
+
+    Independent of `uniforms` of the same seeds.
+
+    Raises:
+        InputError: a seed outside [0, 2**63).
+    """
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
+    # the upper half of Philox's key is 0 in `uniforms`
+    rows = [np.random.Generator(np.random.Philox(key=[seed, 1])).standard_normal(shape, np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows))

@@ -258,6 +258,14 @@ class SampleConfig:
     keep: int | None = field(default=None, metadata={"help": "sketches of each class to finish: the likeliest"})
     prefix_image: str | None = field(default=None, metadata={"help": "photograph whose first channels are kept"})
     prefix_tokens: int = field(default=16, metadata={"help": "how many channels of it are kept"})
+    refine: int | None = field(
+        default=None,
+        metadata={"help": "steps of the refiner for the final images; 0: none; default: 6 if the model has refiner/"},
+    )
+    refine_cfg_scale: float | None = field(
+        default=None, metadata={"help": "guidance of the refiner; 1 = off, others cost two passes; default: 1"}
+    )
+    refine_previews: bool = field(default=False, metadata={"help": "refine the pictures of --previews as well"})
     model: str = field(default=DEMO_MODEL, metadata={"help": "folder with tokenizer/ and generator/, or a hub name"})
     output_dir: str = field(default="samples", metadata={"help": "folder for the pictures and tokens.npz"})
     batch_size: int = field(default=32, metadata={"help": "images drawn side by side"})

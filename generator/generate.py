@@ -46,19 +46,27 @@ class Step:
     _stopped: set[int]
     _decoder: Any
 
-    def preview(self) -> list[Image.Image]:
-        """Decode what has been drawn: one whole image for each row. Drawing waits meanwhile."""
-        return self.begin_preview().pictures()
+    def preview(self, refine: int = 0) -> list[Image.Image]:
+        """Decode what has been drawn: one whole image for each row. Drawing waits meanwhile.
 
-    def begin_preview(self) -> Preview:
+        Args:
+            refine: steps of the refiner; 0: none.
+        """
+        return self.begin_preview(refine).pictures()
+
+    def begin_preview(self, refine: int = 0) -> Preview:
         """Start to decode; on CUDA in parallel with drawing, elsewhere when the images are requested.
 
+        Args:
+            refine: steps of the refiner, applied when the images are requested; 0: none.
+
         Raises:
-            InputError: a stream without a decoder of images.
+            InputError: a stream without a decoder of images, or a model without refiner.
         """
         if self._decoder is None:
             raise InputError("this stream has no decoder of images; draw with a ChannelTokPipeline")
-        return Preview(self.num_tokens, self._decoder.start(self.tokens, torch.tensor(self.lengths)))
+        options = {"refine": refine} if refine else {}
+        return Preview(self.num_tokens, self._decoder.start(self.tokens, torch.tensor(self.lengths), **options))
 
     def stop(self, images: Sequence[int]) -> None:
         """Stop some images here; the others continue, at the cost of the smaller batch.
@@ -143,7 +151,7 @@ def stream(
         prefix: tokens (b j) drawn before, or taken from a photograph; each image continues its own.
         prefix_lengths: tokens of each row of `prefix`, in [1, j] and below its num_tokens; None: all j.
         scored: whether steps carry the log-likelihood.
-        decoder: for `Step.preview`, a `tokenizer.PictureDecoder`.
+        decoder: for `Step.preview`, a `pipeline.StreamImages` or a `tokenizer.PictureDecoder`, which cannot refine.
 
     Returns:
         A step for each k from the shortest prefix + 1 to the largest num_tokens; fewer if all images are

@@ -1,7 +1,7 @@
 """`ChannelTokPipeline`: class labels in, pictures out. The one place where both models meet."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
+from common.config import Refinement
 from common.errors import InputError
 from common.images import UnreadableImageError, load_image, to_float
 from common.runtime import move, pick_device
@@ -21,8 +22,20 @@ from generator.engine import Engine
 from generator.generate import Step, stream
 from generator.model import ChannelGPT
 from generator.settings import ModelSettings
-from generator.stopping import Deadline, StopRule, WhenStable, check_deadline, waiter
-from tokenizer.decoding import PictureDecoder
+from generator.stopping import (
+    Deadline,
+    Scorer,
+    StopRule,
+    WhenStable,
+    check_deadline,
+    keep_best,
+    log_likelihood_scorer,
+    ruled,
+    waiter,
+)
+from refiner.flow import ImageRefiner
+from refiner.model import Refiner
+from tokenizer.decoding import PendingPictures, PictureDecoder
 from tokenizer.tokenizer import ChannelTokenizer
 
 
@@ -35,35 +48,47 @@ class PipelineOutput:
     lengths: tuple[int, ...]
 
 
-Scorer = Callable[[Step], Sequence[float]]
+class StreamImages:
+    """Images of one stream: decodes tokens, and refines what it has decoded, with each image's class and seed."""
 
+    def __init__(
+        self,
+        decoder: PictureDecoder,
+        refiner: ImageRefiner | None,
+        class_labels: Sequence[int],
+        seeds: Sequence[int],
+        cfg_scale: float,
+    ):
+        self._decoder, self._refiner = decoder, refiner
+        self._class_labels, self._seeds, self._cfg_scale = class_labels, seeds, cfg_scale
 
-def log_likelihood_scorer(step: Step) -> Sequence[float]:
-    """The built-in scorer: the generator's own log-likelihood of each image's tokens, in nats."""
-    if step.log_likelihood is None:
-        raise InputError("the stream carries no log-likelihood; ask for it with scored=True")
-    scores: list[float] = step.log_likelihood.tolist()
-    return scores
+    def start(self, tokens: Tensor, num_tokens: Tensor, refine: int = 0) -> PendingPictures:
+        """As `PictureDecoder.start`; with `refine` steps above 0 the images are refined when they are requested.
 
-
-def best_of_each_class(class_labels: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
-    """Indices of the `keep` highest scores of each class, in their order; ties go to the earlier image."""
-    ranked = sorted(range(len(scores)), key=lambda image: -scores[image])
-    chosen: list[int] = []
-    for label in dict.fromkeys(class_labels):
-        chosen += [image for image in ranked if class_labels[image] == label][:keep]
-    return sorted(chosen)
+        Raises:
+            InputError: a negative number of steps, or a model without refiner.
+        """
+        decoded = self._decoder.start(tokens.to(self._decoder.device), num_tokens)
+        if refine == 0:
+            return decoded
+        refinement, refiner = Refinement(refine, self._cfg_scale), self._refiner
+        if refiner is None:
+            raise InputError(f"refine is {refine}, but this model has no refiner; use 0")
+        lengths = num_tokens.tolist()
+        return PendingPictures(
+            lambda: refiner(decoded.images(), lengths, self._class_labels, self._seeds, refinement).cpu()
+        )
 
 
 class ChannelTokPipeline:
-    """A tokenizer and a generator that belong together.
+    """A tokenizer and a generator that belong together, and a refiner if the model has one.
 
     Example:
         pipe = ChannelTokPipeline.from_pretrained("weights/demo")
         pipe([3, 7], num_tokens=32, seed=0).images[0].save("out.png")
 
-    Attributes: `fingerprint` stands for all weights; `tokens_fingerprint` for those that decide which tokens are drawn
-    and what they mean: a decoder that was trained further draws the same ones.
+    Attributes: `fingerprint` stands for the weights of tokenizer and generator; `tokens_fingerprint` for those that
+    decide which tokens are drawn and what they mean.
     """
 
     def __init__(
@@ -74,8 +99,9 @@ class ChannelTokPipeline:
         model_fingerprint: str,
         tokens_fingerprint: str,
         settings: ModelSettings,
+        refiner: ImageRefiner | None = None,
     ):
-        self.tokenizer, self.engine, self.pictures = tokenizer, engine, pictures
+        self.tokenizer, self.engine, self.pictures, self.refiner = tokenizer, engine, pictures, refiner
         self.fingerprint, self.tokens_fingerprint, self.settings = model_fingerprint, tokens_fingerprint, settings
 
     @property
@@ -91,18 +117,19 @@ class ChannelTokPipeline:
         dtype: torch.dtype = torch.float32,
         *,
         compile: bool = False,
+        refiner: bool = True,
     ) -> Self:
-        """Load a folder with tokenizer/ and generator/, or a model of that name from the Hugging Face hub.
+        """Load a folder with tokenizer/, generator/ and perhaps refiner/, or a model from the Hugging Face hub.
 
         Args:
             name_or_path: the folder or hub name.
             device: auto, cpu, cuda, cuda:1 or mps.
             dtype: of the generator's weights; sums are float32. The picture decoder picks its own.
-            compile: compile the step and the picture decoder; see `Engine`.
+            compile: compile the step, the picture decoder and the refiner; see `Engine`.
+            refiner: load the refiner if there is one.
 
         Raises:
-            InputError: a missing or damaged file, another architecture, or two models that were not
-                trained together.
+            InputError: a missing or damaged file, another architecture, or models that were not trained together.
         """
         target = pick_device(device)
         folder = resolve_folder(name_or_path)
@@ -120,10 +147,13 @@ class ChannelTokPipeline:
         drawn_by = files_fingerprint(folder / "generator")
         model_fingerprint = f"{fingerprint(tokenizer)}-{drawn_by}"
         engine = Engine(CachedDecoder.from_model(move(model, target)), compile=compile)
-        tokenizer = move(tokenizer, target)
+        images = None
+        if refiner and (folder / "refiner").is_dir():
+            network = load_refiner(folder / "refiner", tokenizer, model.config.class_names)
+            images = ImageRefiner(move(network, target), compile=compile)
         settings = ModelSettings.load(folder / "generator", model_fingerprint)
-        pictures = PictureDecoder(tokenizer, compile=compile)
-        return cls(tokenizer, engine, pictures, model_fingerprint, f"{made_by}-{drawn_by}", settings)
+        pictures = PictureDecoder(move(tokenizer, target), compile=compile)
+        return cls(tokenizer, engine, pictures, model_fingerprint, f"{made_by}-{drawn_by}", settings, images)
 
     def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:
         """How tokens are drawn: what is given, and for all else the model's own settings for drawings of k tokens.
@@ -181,6 +211,8 @@ class ChannelTokPipeline:
         deadline: float | None = None,
         stop_when_stable: float | None = None,
         scored: bool = False,
+        refine: int | None = None,
+        refine_cfg_scale: float | None = None,
         **sampling: Any,
     ) -> Iterator[Step]:
         """Draw, one token of every image at each step; stop whenever you like by not asking for the next.
@@ -194,6 +226,9 @@ class ChannelTokPipeline:
             deadline: seconds from this call in which the pictures are to be finished, decoding included.
             stop_when_stable: grey levels; see `stopping.WhenStable`.
             scored: whether steps carry the log-likelihood.
+            refine: steps of the refiner for the final images, which the deadline includes; 0: none; None: the default
+                if the model has a refiner. `Step.preview` has an argument of its own.
+            refine_cfg_scale: guidance of the refiner; None: the default.
             sampling: the fields of `SamplingConfig`: temperature, top_k, top_p, cfg_scale, ... What is not given is
                 the model's own for all C, whatever num_tokens is, so that a prefix stays one.
 
@@ -206,23 +241,21 @@ class ChannelTokPipeline:
         else:
             seeds = [int(entry) for entry in seed]
         count = self.config.num_channels if num_tokens is None else num_tokens
+        refinement = self.refinement(refine, refine_cfg_scale)
+        images = self.images(class_labels, seeds, refine_cfg_scale)
         rules: list[StopRule] = []
         if deadline is not None:
             check_deadline(deadline)
             # what is compiled, captured or measured once is done before the clock starts
             for _ in stream(self.engine, class_labels, seeds, 1, config, scored=scored):
                 decode_seconds = self.pictures.seconds(len(class_labels))
+                if refinement is not None and self.refiner is not None:
+                    decode_seconds += self.refiner.seconds(len(class_labels), refinement)
             rules.append(Deadline(deadline, decode_seconds, waiter(self.engine.decoder.device)))
         if stop_when_stable is not None:
             rules.append(WhenStable(stop_when_stable, self.pictures, self.config.num_channels))
-        steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored, self.pictures)
-        return self._ruled(steps, rules)
-
-    def _ruled(self, steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[Step]:
-        for step in steps:
-            for rule in rules:
-                step.stop(rule(step))
-            yield step
+        steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored, images)
+        return ruled(steps, rules)
 
     def __call__(
         self,
@@ -231,11 +264,37 @@ class ChannelTokPipeline:
         seed: int | Sequence[int] = 0,
         **options: Any,
     ) -> PipelineOutput:
-        """Draw whole pictures; the arguments are those of `stream`."""
+        """Draw whole images, refined by default if the model has a refiner; the arguments are those of `stream`."""
+        refinement = self.refinement(options.get("refine"), options.get("refine_cfg_scale"))
         *_, last = self.stream(class_labels, num_tokens, seed, **options)
-        return PipelineOutput(images=last.preview(), tokens=last.tokens.cpu(), lengths=last.lengths)
+        images = last.preview(refine=refinement.steps if refinement else 0)
+        return PipelineOutput(images=images, tokens=last.tokens.cpu(), lengths=last.lengths)
 
-    def refine(
+    def images(
+        self, class_labels: Sequence[int], seeds: Sequence[int], refine_cfg_scale: float | None = None
+    ) -> StreamImages:
+        """A decoder, and refiner, of tokens of these classes and seeds; the arguments are those of `stream`."""
+        cfg_scale = Refinement.cfg_scale if refine_cfg_scale is None else refine_cfg_scale
+        return StreamImages(self.pictures, self.refiner, class_labels, seeds, cfg_scale)
+
+    def refinement(self, refine: int | None, cfg_scale: float | None) -> Refinement | None:
+        """How final images are refined; None for not at all. The arguments are those of `stream`.
+
+        Raises:
+            InputError: a negative number of steps, refinement without a refiner, or guidance that it cannot give.
+        """
+        if refine == 0 or (refine is None and self.refiner is None):
+            if cfg_scale is not None:
+                raise InputError(f"refine_cfg_scale is {cfg_scale}, but images are not refined; omit it")
+            return None
+        chosen = Refinement(
+            Refinement.steps if refine is None else refine, Refinement.cfg_scale if cfg_scale is None else cfg_scale
+        )
+        if self.refiner is None:
+            raise InputError(f"refine is {refine}, but this model has no refiner/; use 0, or train_refiner.py")
+        return chosen
+
+    def stream_best(
         self,
         class_labels: Sequence[int],
         sketch_tokens: int,
@@ -246,7 +305,7 @@ class ChannelTokPipeline:
         scorer: Scorer = log_likelihood_scorer,
         **options: Any,
     ) -> Iterator[Step]:
-        """Sketch many, refine few: draw all to `sketch_tokens`, and only the best of each class to the end.
+        """Draw all to `sketch_tokens`, and only the best of each class to the end.
 
         The kept ones go on from their caches; nothing is drawn twice. At the last step `.lengths` tells
         the finished images from the sketches.
@@ -269,20 +328,23 @@ class ChannelTokPipeline:
         if keep < 1:
             raise InputError(f"keep is {keep}; it must be at least 1")
         steps = self.stream(class_labels, end, seed, **({"scored": True} | options))
-        return self._refining(steps, list(class_labels), sketch_tokens, keep, scorer)
+        return keep_best(steps, list(class_labels), sketch_tokens, keep, scorer)
 
-    def _refining(
-        self,
-        steps: Iterator[Step],
-        class_labels: Sequence[int],
-        sketch_tokens: int,
-        keep: int,
-        scorer: Scorer,
-    ) -> Iterator[Step]:
-        for step in steps:
-            if step.num_tokens == sketch_tokens:
-                scores = list(scorer(step))
-                if len(scores) != len(class_labels):
-                    raise InputError(f"the scorer gave {len(scores)} numbers for {len(class_labels)} images")
-                step.keep(best_of_each_class(class_labels, scores, keep))
-            yield step
+
+def load_refiner(folder: Path, tokenizer: ChannelTokenizer, class_names: Sequence[str]) -> Refiner:
+    """Load the refiner of a model.
+
+    Raises:
+        InputError: a folder that cannot be read, or a refiner of another tokenizer or of other classes.
+    """
+    refiner = Refiner.from_pretrained(folder)
+    expected = {
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "image_size": tokenizer.config.image_size,
+        "num_channels": tokenizer.config.num_channels,
+        "class_names": list(class_names),
+    }
+    for name, value in expected.items():
+        if getattr(refiner.config, name) != value:
+            raise InputError(f"{folder}: {name} of the refiner differs from that of the model; train one for it")
+    return refiner

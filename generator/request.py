@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from common.config import Refinement
 from common.errors import InputError
 from generator.config import ChannelGPTConfig, SampleConfig, SamplingConfig
 from generator.drawing import Drawing
@@ -25,6 +26,7 @@ class DrawRequest:
     prefix, prefix_lengths: tokens (n j) to continue, and how many each image has.
     sketch_tokens, keep: draw all to sketch_tokens, and only the `keep` likeliest of each class further.
     continued: the drawing whose rows are continued; its other rows stay as they are.
+    refinement: of the final images, and of the previews if refine_previews is set; None: none.
     """
 
     class_labels: list[int]
@@ -41,6 +43,8 @@ class DrawRequest:
     sketch_tokens: int | None = None
     keep: int | None = None
     continued: Drawing | None = None
+    refinement: Refinement | None = None
+    refine_previews: bool = False
 
     def check(self, config: ChannelGPTConfig) -> None:
         """Refuse what cannot be drawn; the null label is a mistake here."""
@@ -100,12 +104,14 @@ def request_of(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTok
     Raises:
         InputError: flags that do not fit the model or each other, or a drawing that cannot be continued.
     """
+    refinement = pipeline.refinement(config.refine, config.refine_cfg_scale)
+    if config.refine_previews and refinement is None:
+        raise InputError("refine_previews is set, but images are not refined; omit it")
     if config.continue_from is None:
-        return _fresh_request(config, given, pipeline)
-    path = Path(config.continue_from)
-    drawing = Drawing.load(path)
-    drawing.check(path, pipeline.config, pipeline.tokens_fingerprint)
-    return _continued_request(config, given, pipeline, drawing)
+        request = _fresh_request(config, given, pipeline)
+    else:
+        request = _continued_request(config, given, pipeline)
+    return replace(request, refinement=refinement, refine_previews=config.refine_previews)
 
 
 def _fresh_request(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline) -> DrawRequest:
@@ -142,10 +148,11 @@ def _fresh_request(config: SampleConfig, given: dict[str, Any], pipeline: Channe
     )
 
 
-def _continued_request(
-    config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline, drawing: Drawing
-) -> DrawRequest:
+def _continued_request(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline) -> DrawRequest:
     """Rows of a drawing to continue, with its own settings unless others are given."""
+    path = Path(config.continue_from or "")
+    drawing = Drawing.load(path)
+    drawing.check(path, pipeline.config, pipeline.tokens_fingerprint)
     rows = list(range(len(drawing.seeds))) if config.rows is None else config.rows
     chosen = drawing.rows(rows)
     lengths = chosen.num_tokens.tolist()

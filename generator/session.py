@@ -39,7 +39,9 @@ def draw(config: SampleConfig, given: dict[str, Any]) -> None:
     """
     with team(config.device) as workers:
         dtype = pick_dtype(config.dtype)
-        pipeline = ChannelTokPipeline.from_pretrained(config.model, str(workers.device), dtype, compile=config.compile)
+        pipeline = ChannelTokPipeline.from_pretrained(
+            config.model, str(workers.device), dtype, compile=config.compile, refiner=config.refine != 0
+        )
         draw_to_folder(pipeline, request_of(config, given, pipeline), config.output_dir, workers, config.continue_from)
 
 
@@ -106,12 +108,22 @@ def _steps(pipeline: ChannelTokPipeline, request: DrawRequest) -> Iterator[Step]
         "prefix_lengths": request.prefix_lengths,
         "deadline": request.deadline,
         "stop_when_stable": request.stop_when_stable,
+        **_refinement(request),
         **vars(request.sampling),
     }
     if request.sketch_tokens is None or request.keep is None:
         return pipeline.stream(request.class_labels, request.num_tokens, request.seeds, **options)
     end = request.num_tokens[0]
-    return pipeline.refine(request.class_labels, request.sketch_tokens, request.keep, end, request.seeds, **options)
+    return pipeline.stream_best(
+        request.class_labels, request.sketch_tokens, request.keep, end, request.seeds, **options
+    )
+
+
+def _refinement(request: DrawRequest) -> dict[str, Any]:
+    """Arguments of `ChannelTokPipeline.stream`."""
+    if request.refinement is None:
+        return {"refine": 0}
+    return {"refine": request.refinement.steps, "refine_cfg_scale": request.refinement.cfg_scale}
 
 
 def _draw_batch(
@@ -120,7 +132,7 @@ def _draw_batch(
     previews: dict[int, Preview] = {}
     for step in _steps(pipeline, request.part(images)):
         if step.num_tokens in request.previews:
-            previews[step.num_tokens] = step.begin_preview()
+            previews[step.num_tokens] = step.begin_preview(_preview_steps(request))
         bar.update(sum(length == step.num_tokens for length in step.lengths))
         last = step
         if interrupt.requested:
@@ -167,9 +179,8 @@ def _draw_share(
     return done
 
 
-def _decode(pipeline: ChannelTokPipeline, tokens: Tensor, lengths: Sequence[int]) -> list[Image.Image]:
-    pending = pipeline.pictures.start(tokens.to(pipeline.engine.decoder.device), torch.tensor(list(lengths)))
-    return [to_pil(image) for image in pending.images()]
+def _preview_steps(request: DrawRequest) -> int:
+    return request.refinement.steps if request.refinement and request.refine_previews else 0
 
 
 def _columns(request: DrawRequest) -> list[int]:
@@ -182,16 +193,24 @@ def _columns(request: DrawRequest) -> list[int]:
 
 def _save_pictures(pipeline: ChannelTokPipeline, request: DrawRequest, batch: _Batch, folder: Path) -> None:
     """Write the final picture of each image of a batch, and those at the k of `_columns` that it has reached."""
-    rows = [request.rows[i] for i in batch.images]
-    for row, picture in zip(rows, _decode(pipeline, batch.tokens, batch.lengths), strict=True):
+    part = request.part(batch.images)
+    refinement = request.refinement
+    drawn = pipeline.images(part.class_labels, part.seeds, refinement.cfg_scale if refinement else None)
+
+    def pictures(tokens: Tensor, lengths: Sequence[int], steps: int) -> list[Image.Image]:
+        return [to_pil(image) for image in drawn.start(tokens, torch.tensor(list(lengths)), steps).images()]
+
+    finals = pictures(batch.tokens, batch.lengths, refinement.steps if refinement else 0)
+    for row, picture in zip(part.rows, finals, strict=True):
         save_png(picture, _picture_path(folder, row))
     for k in _columns(request):
         if k in batch.previews:
-            pictures = batch.previews[k].pictures()
+            columns = batch.previews[k].pictures()
         else:
             shown = min(k, batch.tokens.shape[1])
-            pictures = _decode(pipeline, batch.tokens[:, :shown], [min(length, shown) for length in batch.lengths])
-        for row, picture, length in zip(rows, pictures, batch.lengths, strict=True):
+            lengths = [min(length, shown) for length in batch.lengths]
+            columns = pictures(batch.tokens[:, :shown], lengths, _preview_steps(request))
+        for row, picture, length in zip(part.rows, columns, batch.lengths, strict=True):
             if length >= k:
                 save_png(picture, _picture_path(folder, row, k))
 

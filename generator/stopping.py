@@ -1,10 +1,10 @@
-"""Reasons to stop a drawing before its last channel: a clock, and the picture itself.
+"""Reasons to stop a drawing before its last channel: a clock, the picture itself, and a better sketch.
 
 A rule is called after every step and names the images to stop there; `generate.Step.stop` does the rest.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from generator.generate import Step
 StopRule = Callable[[Step], Sequence[int]]
 Clock = Callable[[], float]
 Decode = Callable[[Tensor], Tensor]  # tokens (b k) -> images (b 3 H W) uint8
+Scorer = Callable[[Step], Sequence[float]]
+
+
+def ruled(steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[Step]:
+    """Steps of a stream in which images are stopped where a rule says so."""
+    for step in steps:
+        for rule in rules:
+            step.stop(rule(step))
+        yield step
 
 
 class Deadline:
@@ -110,3 +119,37 @@ def waiter(device: torch.device) -> Callable[[], None]:
     if device.type == "mps":
         return torch.mps.synchronize
     return lambda: None
+
+
+def log_likelihood_scorer(step: Step) -> Sequence[float]:
+    """The built-in scorer: the generator's own log-likelihood of each image's tokens, in nats."""
+    if step.log_likelihood is None:
+        raise InputError("the stream carries no log-likelihood; ask for it with scored=True")
+    scores: list[float] = step.log_likelihood.tolist()
+    return scores
+
+
+def best_of_each_class(class_labels: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
+    """Indices of the `keep` highest scores of each class, in their order; ties go to the earlier image."""
+    ranked = sorted(range(len(scores)), key=lambda image: -scores[image])
+    chosen: list[int] = []
+    for label in dict.fromkeys(class_labels):
+        chosen += [image for image in ranked if class_labels[image] == label][:keep]
+    return sorted(chosen)
+
+
+def keep_best(
+    steps: Iterator[Step], class_labels: Sequence[int], sketch_tokens: int, keep: int, scorer: Scorer
+) -> Iterator[Step]:
+    """Steps of a stream of which, from sketch_tokens on, only the `keep` best images of each class continue.
+
+    Raises:
+        InputError: scores of another number than there are images.
+    """
+    for step in steps:
+        if step.num_tokens == sketch_tokens:
+            scores = list(scorer(step))
+            if len(scores) != len(class_labels):
+                raise InputError(f"the scorer gave {len(scores)} numbers for {len(class_labels)} images")
+            step.keep(best_of_each_class(class_labels, scores, keep))
+        yield step

@@ -26,7 +26,7 @@ from generator.objective import GeneratorObjective, draw_flips, flops_per_token,
 from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
-from training.distributed import make_accelerator
+from training.distributed import Processes, make_accelerator
 from training.loop import Loop, RunTasks, StepLoss, check_output_dir
 from training.peak import peak_of
 from training.schedule import Part, StepPlan, StepSampler
@@ -136,6 +136,7 @@ class GeneratorRun:
                 label_dropout=training.label_dropout,
                 seed=training.seed,
             )
+        Processes(self.accelerator).wait()  # for longer than a broadcast does
         for parameter in prior.parameters():
             broadcast(parameter.data)
         model.to("cpu")

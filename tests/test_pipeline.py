@@ -14,7 +14,8 @@ from common.runtime import has_fast_bfloat16
 from generator.config import SamplingConfig
 from generator.engine import Engine
 from generator.generate import stream
-from generator.pipeline import ChannelTokPipeline, best_of_each_class
+from generator.pipeline import ChannelTokPipeline
+from generator.stopping import best_of_each_class
 from tokenizer import ChannelTokenizer
 
 C = 16
@@ -121,10 +122,10 @@ def test_a_scorer_is_any_callable_and_may_use_the_pictures(pipeline: ChannelTokP
 
     sketches = pipeline([1] * 6, num_tokens=3)
     best = max(range(6), key=lambda i: np.asarray(sketches.images[i]).mean())
-    *_, last = pipeline.refine([1] * 6, 3, 1, scorer=brightness)
+    *_, last = pipeline.stream_best([1] * 6, 3, 1, scorer=brightness)
     assert last.lengths == tuple(16 if i == best else 3 for i in range(6))
     with pytest.raises(ValueError, match="scorer"):
-        list(pipeline.refine([1] * 6, 3, 1, scorer=lambda step: [1.0]))
+        list(pipeline.stream_best([1] * 6, 3, 1, scorer=lambda step: [1.0]))
 
 
 def test_best_of_each_class() -> None:

@@ -1,0 +1,247 @@
+"""The flow from noise to the residual of a decoded image: its training pairs, its loss and its integration.
+
+Rectified flow (Liu et al., 2022, arXiv 2209.03003) with logit-normal times (Esser et al., 2024, arXiv 2403.03206,
+section 3.1). The end of the flow is the residual, photograph - decoded image, in units of its root mean square at k.
+Given the decoded image, a flow of the residual is a flow of the photograph whose times are spent where detail appears.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import Refinement
+from common.errors import InputError
+from common.images import to_float, to_uint8
+from common.randomness import normals
+from common.runtime import check_can_compile, has_fast_bfloat16, is_out_of_memory, move
+from refiner.config import RefinerConfig
+from refiner.model import Refiner
+
+PIXELS_AT_ONCE = 2**17  # refined together: 32 images of 64 x 64
+
+
+def scale_table(config: RefinerConfig) -> Tensor:
+    """Scale of the residual at k = 1..C, interpolated linearly in log k: (C,) float32."""
+    lengths = np.log(np.arange(1, config.num_channels + 1))
+    table = np.interp(lengths, np.log(config.scale_lengths), config.scales)
+    return torch.from_numpy(table).float()
+
+
+def flow_loss(
+    model: Callable[..., Tensor],
+    images: Tensor,
+    decoded: Tensor,
+    num_tokens: Tensor,
+    class_labels: Tensor,
+    scales: Tensor,
+    noise: Tensor,
+    moments: Tensor,
+) -> Tensor:
+    """Mean squared error of the velocity for each image: (b,) float32.
+
+    Args:
+        model: a `Refiner`, wrapped for several processes or not.
+        images: photographs (b 3 H W) in [-1, 1].
+        decoded: images decoded from their first k tokens, of the same shape and range.
+        num_tokens: (b,) k of each.
+        class_labels: (b,), null_label where the class is dropped.
+        scales: of `scale_table`, on the device.
+        noise: (b 3 H W), standard normal.
+        moments: times (b,) in [0, 1].
+    """
+    residual = (images - decoded) / scales[num_tokens - 1, None, None, None]
+    point = torch.lerp(noise, residual, moments[:, None, None, None])
+    velocity = model(point, decoded, moments, num_tokens, class_labels)
+    return (velocity.float() - (residual - noise)).square().mean((1, 2, 3))
+
+
+def times(steps: int, shift: float = 1.0) -> list[float]:
+    """Times of an integration, from 0 to 1: steps + 1 numbers; a shift above 1 makes the first steps shorter."""
+    even = [i / steps for i in range(steps + 1)]
+    return [t / (t + shift * (1 - t)) for t in even]
+
+
+@torch.no_grad()
+def integrate(
+    refiner: Refiner,
+    decoded: Tensor,
+    num_tokens: Tensor,
+    class_labels: Tensor,
+    noise: Tensor,
+    moments: Sequence[float],
+    cfg_scale: float,
+    scales: Tensor,
+) -> Tensor:
+    """Integrate the flow and add the residual to the decoded image: (b 3 H W) float32.
+
+    Heun's method: a step of Euler and a correction; the last step has no correction, as in Karras et al. (2022, arXiv
+    2206.00364, algorithm 1).
+
+    Args:
+        refiner: the network.
+        decoded: (b 3 H W) in [-1, 1].
+        num_tokens: (b,) k of each image.
+        class_labels: (b,) in [0, null_label].
+        noise: (b 3 H W), standard normal.
+        moments: of `times`.
+        cfg_scale: classifier-free guidance; 1 = off and costs one pass, not two.
+        scales: of `scale_table`, on the device.
+    """
+    guided = cfg_scale != 1
+    if guided:
+        null = torch.full_like(class_labels, refiner.config.null_label)
+        class_labels = torch.cat([class_labels, null])
+        num_tokens, twice = num_tokens.repeat(2), decoded.repeat(2, 1, 1, 1)
+    else:
+        twice = decoded
+
+    def velocity(point: Tensor, moment: float) -> Tensor:
+        rows = point.repeat(2, 1, 1, 1) if guided else point
+        now = torch.full((len(rows),), moment, device=point.device)
+        found: Tensor = refiner(rows, twice, now, num_tokens, class_labels).float()
+        if not guided:
+            return found
+        conditional, unconditional = found.chunk(2)
+        return torch.lerp(unconditional, conditional, cfg_scale)
+
+    point = noise
+    for i, (moment, following) in enumerate(pairwise(moments)):
+        step = following - moment
+        slope = velocity(point, moment)
+        if i < len(moments) - 2:
+            slope = (slope + velocity(point + step * slope, following)) / 2
+        point = point + step * slope
+    return decoded + point * scales[num_tokens[: len(decoded)] - 1, None, None, None]
+
+
+class ImageRefiner:
+    """Refine decoded images; a copy of the network in the fastest layout and number format of its device.
+
+    The noise of an image is a function of its seed, so an image at k = 64 is the image at k = 32 with more detail. A
+    refined image depends on its seed, class, decoded image and k; other images of the batch change at most the rounding
+    of sums.
+
+    Args:
+        refiner: on the device to use.
+        dtype: of weights and maps, float32 or bfloat16; None is bfloat16 where that runs in hardware.
+        compile: compile the network with torch.compile, at the first batch of each size.
+
+    Raises:
+        InputError: compile, without a C++ compiler.
+    """
+
+    def __init__(self, refiner: Refiner, *, dtype: torch.dtype | None = None, compile: bool = False):
+        self.device, self.config = refiner.device, refiner.config
+        if compile:
+            check_can_compile(self.device)
+        if dtype is None:
+            dtype = torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
+        self.dtype = dtype
+        self.refiner = copy.deepcopy(refiner).requires_grad_(False).eval()
+        move(self.refiner, dtype=dtype).to(memory_format=torch.channels_last)
+        if compile:
+            self.refiner.compile()
+        self.scales = scale_table(self.config).to(self.device)
+        self._at_once = max(1, PIXELS_AT_ONCE // self.config.image_size**2)
+        self._graphs: dict[tuple[int, Refinement], tuple[Any, list[Tensor], Tensor]] = {}
+        self._seconds: dict[tuple[int, Refinement], float] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor,
+        num_tokens: Sequence[int],
+        class_labels: Sequence[int],
+        seeds: Sequence[int],
+        refinement: Refinement,
+    ) -> Tensor:
+        """Refine images (b 3 H W) uint8, decoded from k tokens each -> (b 3 H W) uint8, on the device.
+
+        Args:
+            images: on any device.
+            num_tokens: k of each image, in [1, C].
+            class_labels: label of each, in [0, null_label]; the last is no class.
+            seeds: seed of each image's noise, in [0, 2**63).
+            refinement: steps and guidance.
+
+        Raises:
+            InputError: guidance of a refiner trained without null label, a seed out of range, or too little memory.
+        """
+        if refinement.cfg_scale != 1 and not self.config.has_null_label:
+            raise InputError(
+                f"refine_cfg_scale is {refinement.cfg_scale}, but this refiner was trained without null label; use 1"
+            )
+        inputs = [
+            to_float(images.to(self.device)),
+            torch.tensor(list(num_tokens), device=self.device),
+            torch.tensor(list(class_labels), device=self.device),
+            normals(seeds, *images.shape[1:]).to(self.device),
+        ]
+        found = torch.empty_like(inputs[0])
+        start = 0
+        while start < len(images):
+            part = slice(start, start + self._at_once)
+            try:
+                found[part] = self._integrate([tensor[part] for tensor in inputs], refinement)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._at_once == 1:
+                    raise
+                self._at_once //= 2
+            else:
+                start += self._at_once
+        return to_uint8(found)
+
+    def _integrate(self, inputs: list[Tensor], refinement: Refinement) -> Tensor:
+        """Integrate a batch: directly, or on CUDA by a captured graph for each batch size."""
+        if self.device.type != "cuda":
+            return self._run(inputs, refinement)
+        count = len(inputs[0])
+        slots = min(1 << (count - 1).bit_length(), self._at_once)
+        key = slots, refinement
+        if key not in self._graphs:
+            places = [torch.cat([tensor, tensor[:1].expand(slots - count, *tensor.shape[1:])]) for tensor in inputs]
+            self._graphs[key] = self._captured(places, refinement)
+        graph, places, result = self._graphs[key]
+        for place, tensor in zip(places, inputs, strict=True):
+            place[:count].copy_(tensor)
+        graph.replay()
+        return result[:count].clone()
+
+    def _run(self, inputs: list[Tensor], refinement: Refinement) -> Tensor:
+        decoded, num_tokens, class_labels, noise = inputs
+        return integrate(
+            self.refiner, decoded, num_tokens, class_labels, noise, times(refinement.steps), refinement.cfg_scale,
+            self.scales,
+        )  # fmt: skip
+
+    def _captured(self, places: list[Tensor], refinement: Refinement) -> tuple[Any, list[Tensor], Tensor]:
+        """Record an integration that reads `places` as a CUDA graph; returns the graph, `places` and its result."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._run(places, refinement)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self._run(places, refinement)
+        return graph, places, result
+
+    def seconds(self, batch_size: int, refinement: Refinement) -> float:
+        """Seconds that refining a batch of this size takes; measured once."""
+        key = batch_size, refinement
+        if key not in self._seconds:
+            size = self.config.image_size
+            images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8)
+            same = [1] * batch_size
+            self(images, same, [0] * batch_size, same, refinement).cpu()
+            begun = time.perf_counter()
+            self(images, same, [0] * batch_size, same, refinement).cpu()
+            self._seconds[key] = time.perf_counter() - begun
+        return self._seconds[key]

@@ -1,0 +1,121 @@
+"""`Refiner`: the velocity of a flow from noise to the detail that an image of k tokens lacks."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common.saved_model import SavedModel
+from refiner.config import RefinerConfig
+
+OUTPUT_MAPS = 16  # feature maps at full resolution before the last convolution, which joins the patches
+LEAST_LEFT = 0.05  # of the time to the end of the flow, in the velocity
+
+
+def sinusoids(values: Tensor, size: int) -> Tensor:
+    """Values (b,) of order 1 -> (b size): cosines and sines at periods from 2 pi to 2 pi / 1,000."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), size // 2, device=values.device))
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Block(nn.Module):
+    """Transformer block on patches, modulated by an embedding (adaLN-Zero, Peebles and Xie, 2022, section 3.2).
+
+    The MLP has a depthwise convolution, so that neighbouring patches fit together (Xie et al., 2021, section 3.1).
+    """
+
+    def __init__(self, width: int, heads: int, side: int):
+        super().__init__()
+        self.heads, self.side = heads, side
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.up = nn.Linear(width, 4 * width)
+        self.mix = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)[:, None].chunk(6, dim=-1)  # b 1 d
+        normed = self.attention_norm(hidden) * (1 + scale1) + shift1  # b s d
+        query, key, value = rearrange(
+            self.query_key_value(normed), "b s (three m e) -> three b m s e", three=3, m=self.heads
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)  # b m s e
+        hidden = hidden + gate1 * self.attention_out(rearrange(mixed, "b m s e -> b s (m e)"))  # b s d
+        normed = self.mlp_norm(hidden) * (1 + scale2) + shift2  # b s d
+        maps = rearrange(self.up(normed), "b (h w) f -> b f h w", h=self.side)
+        maps = F.gelu(maps + self.mix(maps), approximate="tanh")  # b f h w
+        out: Tensor = self.down(rearrange(maps, "b f h w -> b (h w) f"))
+        result: Tensor = hidden + gate2 * out  # b s d
+        return result
+
+
+class Refiner(SavedModel):
+    """Transformer over patches that predicts a velocity, from a point of the flow and the decoded image of k tokens.
+
+    Rectified flow (Liu et al., 2022, arXiv 2209.03003) with a network of Peebles and Xie (2022, arXiv 2212.09748). The
+    network predicts the end of the flow, of which the velocity follows: a patch has as many numbers as the network is
+    wide, too many to pass on the noise that they hold (Li and He, 2025, arXiv 2511.13720).
+    """
+
+    config_class = RefinerConfig
+    model_type = "channeltok-refiner"
+    config: RefinerConfig
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__(config)
+        width, patch = config.width, config.patch_size
+        side = config.image_size // patch
+        self.class_vectors = nn.Embedding(len(config.class_names) + 1, width)
+        self.embed = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+        self.stem = nn.Linear(6 * patch**2, width)
+        self.positions = nn.Parameter(torch.zeros(side * side, width))
+        self.blocks = nn.ModuleList(Block(width, config.heads, side) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, OUTPUT_MAPS * patch**2)
+        self.join = nn.Conv2d(OUTPUT_MAPS, 3, 3, padding=1)
+        if self.head.weight.device.type != "meta":
+            self._initialize()
+
+    def _initialize(self) -> None:
+        """Every block is the identity and the prediction 0 at the start."""
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.class_vectors.weight, std=0.5)
+        layers: list[Any] = [module.modulation for module in self.modules() if isinstance(module, Block)]
+        for layer in (*layers, self.modulation, self.join):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, point: Tensor, decoded: Tensor, time: Tensor, num_tokens: Tensor, class_labels: Tensor) -> Tensor:
+        """Predict the velocity at a point of the flow.
+
+        Args:
+            point: (b 3 H W) float32, noise at time 0 and the residual in units of its scale at time 1.
+            decoded: (b 3 H W) in [-1, 1], decoded from k tokens.
+            time: (b,) in [0, 1].
+            num_tokens: (b,) integers, k of each image, in [1, C].
+            class_labels: (b,) integers in [0, null_label]; the last is no class.
+
+        Returns:
+            (b 3 H W) float32.
+        """
+        config = self.config
+        share = torch.log(num_tokens.float()) / math.log(max(config.num_channels, 2))  # b
+        where = torch.cat([sinusoids(part, config.width) for part in (time, share)], dim=1)  # b 2d
+        embedding = F.silu(self.embed(where.to(self.dtype)) + self.class_vectors(class_labels))  # b d
+        patches = F.pixel_unshuffle(torch.cat([point, decoded], dim=1).to(self.dtype), config.patch_size)
+        hidden = self.stem(rearrange(patches, "b c h w -> b (h w) c")) + self.positions  # b s d
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # b 1 d
+        hidden = self.head(self.norm(hidden) * (1 + scale) + shift)  # b s (16 p p)
+        maps = rearrange(hidden, "b (h w) c -> b c h w", h=patches.shape[2])
+        end: Tensor = self.join(F.pixel_shuffle(maps, config.patch_size)).float()  # b 3 H W
+        return (end - point) / (1 - time.float()).clamp(min=LEAST_LEFT)[:, None, None, None]

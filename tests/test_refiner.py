@@ -1,0 +1,317 @@
+"""The refiner: its flow against closed forms, its laws in a pipeline, its training, and wrong calls."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASS_NAMES, ScriptRunner
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.checkpoint import fingerprint, load_tensors
+from common.config import Refinement
+from common.errors import InputError
+from common.randomness import normals, uniforms
+from generator.pipeline import ChannelTokPipeline
+from refiner.config import RefinerConfig
+from refiner.flow import ImageRefiner, flow_loss, integrate, scale_table, times
+from refiner.model import Refiner
+from tokenizer import ChannelTokenizer
+
+C, SIZE = 16, 32
+
+
+def tiny_refiner(tokenizer_fingerprint: str, **changes: Any) -> Refiner:
+    """Of the tiny tokenizer; weights that change every image."""
+    fields: dict[str, Any] = {
+        "layers": 1, "heads": 2, "width": 16, "patch_size": 8, "image_size": SIZE, "num_channels": C,
+        "class_names": CLASS_NAMES, "tokenizer_fingerprint": tokenizer_fingerprint, "scale_lengths": [1, C],
+        "scales": [0.5, 0.25], "has_null_label": True,
+    }  # fmt: skip
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        refiner = Refiner(RefinerConfig(**(fields | changes)))
+        for parameter in refiner.parameters():
+            parameter.normal_(std=0.2)
+    return refiner.eval()
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    pipeline_folder: Path, tiny_tokenizer: ChannelTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model, with a refiner."""
+    folder = tmp_path_factory.mktemp("refined") / "model"
+    shutil.copytree(pipeline_folder, folder)
+    tiny_refiner(fingerprint(tiny_tokenizer)).save_pretrained(folder / "refiner")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder: Path) -> ChannelTokPipeline:
+    return ChannelTokPipeline.from_pretrained(model_folder, "cpu")
+
+
+def pixels(images: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+# ------------------------------------------------------------------------------------------ flow
+
+
+class GaussianFlow:
+    """The exact velocity between noise and a Gaussian of standard deviation s, which turns noise n into s n.
+
+    The mean of the Gaussian is that of the class: 3 for class 0, -1 for the null label.
+    """
+
+    config = tiny_refiner("x").config
+    s = 0.4
+
+    def __call__(self, point: Tensor, decoded: Tensor, time: Tensor, num_tokens: Tensor, labels: Tensor) -> Tensor:
+        t = time[:, None, None, None]
+        mean = torch.where(labels == 0, 3.0, -1.0)[:, None, None, None]
+        variance = (t * self.s) ** 2 + (1 - t) ** 2
+        return mean + (t * self.s**2 - (1 - t)) / variance * (point - t * mean)
+
+
+def test_the_integration_reaches_the_end_of_a_known_flow() -> None:
+    flow: Any = GaussianFlow()
+    decoded, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    num_tokens, labels, scales = torch.tensor([1, C]), torch.zeros(2, dtype=torch.long), scale_table(flow.config)
+    found = integrate(flow, decoded, num_tokens, labels, noise, times(200), 1.0, scales)
+    expected = decoded + torch.tensor([0.5, 0.25])[:, None, None, None] * (3 + flow.s * noise)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    # the velocity is linear in the mean, so guidance 2 shifts it to 2 * 3 - (-1) at constant deviation
+    guided = integrate(flow, decoded, num_tokens, labels, noise, times(200), 2.0, scales)
+    assert (guided - found).mean() > 0.5
+    # Heun's method has an error of second order
+    errors = [
+        (integrate(flow, decoded, num_tokens, labels, noise, times(n), 1.0, scales) - expected).abs().max()
+        for n in (8, 16)
+    ]
+    assert errors[1] < 0.4 * errors[0]
+
+
+def test_the_loss_of_the_exact_velocity_is_its_variance_and_scales_are_interpolated() -> None:
+    scales = scale_table(tiny_refiner("x").config)
+    assert scales[0] == 0.5
+    assert scales[C - 1] == 0.25
+    assert scales[3].item() == pytest.approx(0.375)  # log 4 is half of log 16
+    images, decoded, noise = (torch.randn(3, 3, 4, 4) for _ in range(3))
+    num_tokens, moments = torch.tensor([1, 4, 16]), torch.tensor([0.0, 0.25, 1.0])
+    residual = (images - decoded) / torch.tensor([0.5, 0.375, 0.25])[:, None, None, None]
+
+    def model(point: Tensor, given: Tensor, time: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        for i, t in enumerate((0.0, 0.25, 1.0)):
+            torch.testing.assert_close(point[i], t * residual[i] + (1 - t) * noise[i])
+        return residual - noise + 2
+
+    found = flow_loss(model, images, decoded, num_tokens, torch.zeros(3), scales, noise, moments)
+    torch.testing.assert_close(found, torch.full((3,), 4.0), atol=1e-4, rtol=0)
+
+
+def test_noise_is_a_function_of_the_seed() -> None:
+    noise = normals([5, 6, 2**63 - 1], 3, 50, 50)
+    assert torch.equal(normals([6], 3, 50, 50)[0], noise[1])
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    correlations = np.corrcoef([*noise.flatten(1).numpy(), uniforms([5], 7500)[0].numpy()])
+    assert np.abs(correlations - np.eye(4)).max() < 0.06
+    with pytest.raises(InputError, match="out of range"):
+        normals([-1], 2)
+
+
+def test_a_refiner_learns_what_the_class_decides() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        refiner = Refiner(RefinerConfig(**(asdict(tiny_refiner("x").config) | {"width": 32, "scales": [0.5, 0.5]})))
+        decoded, labels = torch.rand(8, 3, SIZE, SIZE) - 0.5, torch.tensor([0, 1] * 4)
+        images = decoded + torch.where(labels == 0, 0.5, -0.5)[:, None, None, None]
+        num_tokens, scales = torch.full((8,), 2), scale_table(refiner.config)
+        optimizer = torch.optim.Adam(refiner.parameters(), lr=5e-3)
+        for _ in range(300):
+            noise, moments = torch.randn_like(images), torch.randn(8).sigmoid()
+            loss = flow_loss(refiner, images, decoded, num_tokens, labels, scales, noise, moments).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        noise = torch.randn_like(images)
+    found = integrate(refiner.eval(), decoded, num_tokens, labels, noise, times(6), 1.0, scales)
+    before, after = F.mse_loss(decoded, images).item(), F.mse_loss(found, images).item()
+    assert after < 0.2 * before
+
+
+# ------------------------------------------------------------------------------------------ laws
+
+
+def test_a_refined_image_depends_on_seed_class_tokens_and_k_alone(pipeline: ChannelTokPipeline) -> None:
+    options: dict[str, Any] = {"refine": 3, "refine_cfg_scale": 2.0}
+    batch = pipeline([3, 1, 0], 9, seed=[40, 41, 9], **options)
+    alone = pipeline([1], 9, seed=41, **options)
+    assert np.abs(pixels(batch.images)[1] - pixels(alone.images)[0]).max() <= 1
+    # the first 9 tokens of a longer drawing; and stopped, saved and continued
+    steps = {step.num_tokens: step.preview(refine=3) for step in pipeline.stream([1], seed=41, **options)}
+    assert np.abs(pixels(steps[9])[0] - pixels(alone.images)[0]).max() <= 1
+    continued = pipeline([1], 9, seed=41, prefix=batch.tokens[1:2, :4], **options)
+    assert np.abs(pixels(continued.images) - pixels(alone.images)).max() <= 1
+    # it is refined by default, and each of seed, class, k, steps and guidance matters
+    assert np.abs(pixels(pipeline([1], 9, 41).images) - pixels(pipeline([1], 9, 41, refine=0).images)).mean() > 2
+    tokens = pipeline.engine.decoder.device and batch.tokens[1:2]
+    base = {"labels": [1], "seeds": [41], "scale": 2.0, "k": 9, "steps": 3}
+    for change in ({}, {"labels": [2]}, {"seeds": [42]}, {"scale": 1.0}, {"k": 8}, {"steps": 2}):
+        use = base | change
+        images = pipeline.images(use["labels"], use["seeds"], use["scale"])
+        found = images.start(tokens, torch.tensor([use["k"]]), use["steps"]).images().int().permute(0, 2, 3, 1).numpy()
+        difference = np.abs(found - pixels(alone.images)).mean()
+        assert difference < 0.05 if not change else difference > 0.05, change
+
+
+def test_refinement_changes_no_token_and_counts_for_the_deadline(
+    pipeline: ChannelTokPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refined, plain = pipeline([2, 4], seed=3), pipeline([2, 4], seed=3, refine=0)
+    assert torch.equal(refined.tokens, plain.tokens)
+    assert pipeline.refiner is not None
+    monkeypatch.setattr(pipeline.refiner, "seconds", lambda batch_size, refinement: 1000.0)
+    assert pipeline([2], seed=3, deadline=900.0).lengths == (1,)
+    assert pipeline([2], seed=3, deadline=900.0, refine=0).lengths == (C,)
+
+
+def test_a_saved_refiner_is_the_same_and_memory_that_runs_out_halves_the_batch(
+    model_folder: Path, tiny_tokenizer: ChannelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, found = tiny_refiner(fingerprint(tiny_tokenizer)), Refiner.from_pretrained(model_folder / "refiner")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    images = ImageRefiner(found, dtype=torch.float32)
+    arguments = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8), [1, 4, 16, 2, 2], [0, 1, 2, 3, 4], range(5)
+    whole, run, sizes = images(*arguments, Refinement(2)), images._run, []
+
+    def short_of_memory(inputs: list[Tensor], refinement: Refinement) -> Tensor:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError
+        return run(inputs, refinement)
+
+    monkeypatch.setattr(images, "_run", short_of_memory)
+    images._at_once = 4
+    assert (images(*arguments, Refinement(2)).int() - whole.int()).abs().max() <= 1
+    assert sizes == [4, 2, 2, 1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_captured_integration_is_the_direct_one() -> None:
+    images = torch.randint(256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    arguments = images, [1, 4, 16], [0, 1, 5], [7, 8, 9], Refinement(3, 1.5)
+    direct = ImageRefiner(tiny_refiner("x"), dtype=torch.float32)(*arguments)
+    captured = ImageRefiner(tiny_refiner("x").to("cuda"), dtype=torch.float32)
+    for _ in range(2):
+        assert (captured(*arguments).cpu().int() - direct.int()).abs().max() <= 1
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture(scope="module")
+def trained(
+    scripts: ScriptRunner, image_folder: Path, pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A function that runs train_refiner.py, writing to a folder, and returns what it left."""
+
+    def run(folder: Path, *flags: Any) -> Any:
+        common = (
+            "--tokenizer", pipeline_folder / "tokenizer", "--data-dir", image_folder, "--output-dir", folder,
+            "--layers", 1, "--heads", 2, "--width", 16, "--batch-size", 4, "--num-workers", 0,
+            "--mixed-precision", "no", "--learning-rate", 3e-3, "--warmup-steps", 0, "--checkpoint-every", 2,
+            "--schedule", "constant",
+        )  # fmt: skip
+        return scripts("train_refiner.py", *common, *flags)
+
+    return run
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained: Any, pipeline_folder: Path, tmp_path: Path) -> None:
+    errors = "--generator", pipeline_folder, "--continued-share", 0.7, "--bit-flips", 0.2
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = trained(whole, "--steps", 4, *errors)
+    assert done.code == 0, done.err
+    assert trained(parts, "--steps", 2, *errors).code == 0
+    done = trained(parts, "--steps", 4, "--resume", *errors)
+    assert done.code == 0, done.err
+    first, second = (load_tensors(folder / "refiner" / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert (whole / "refined" / "step-00000004.png").exists()
+    # flipped bits and the generator change what is learned
+    assert trained(tmp_path / "plain", "--steps", 4, "--bit-flips", 0).code == 0
+    other = load_tensors(tmp_path / "plain" / "refiner" / "model.safetensors")
+    assert any(not torch.equal(other[name], value) for name, value in first.items())
+
+
+def test_sample_py_refines_with_the_refiner_of_the_model(
+    trained: Any, scripts: ScriptRunner, model_folder: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert trained(run, "--steps", 1).code == 0
+    # three classes of folders are not the five of the model
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline_folder, folder)
+    shutil.copytree(run / "refiner", folder / "refiner")
+    done = scripts("sample.py", "--model", folder, "--class-labels", 1, "--output-dir", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "class_names of the refiner differs" in done.err
+    flags = ("--model", model_folder, "--class-labels", 1, 2, "--num-tokens", 8, "--previews", 4)
+    for name, more in (("a", ()), ("b", ("--refine", 0)), ("c", ("--refine", 2, "--refine-previews"))):
+        done = scripts("sample.py", *flags, "--output-dir", tmp_path / name, *more)
+        assert done.code == 0, done.err
+    for path, different in (("00000.png", 3), ("previews/00001_k0004.png", 2), ("tokens.npz", 1)):
+        assert len({(tmp_path / name / path).read_bytes() for name in "abc"}) == different, path
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--refine", -1), "refine is -1"),
+        (("--refine-cfg-scale", -2), "refine_cfg_scale is -2"),
+        (("--refine", 0, "--refine-cfg-scale", 2), "images are not refined"),
+        (("--refine", 0, "--refine-previews"), "images are not refined"),
+    ],
+)
+def test_wrong_flags_are_one_line(
+    scripts: ScriptRunner, model_folder: Path, tmp_path: Path, flags: tuple[Any, ...], line: str
+) -> None:
+    done = scripts("sample.py", "--model", model_folder, "--output-dir", tmp_path / "out", *flags)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert line in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_refiners_that_do_not_fit_are_refused(
+    pipeline_folder: Path, tiny_tokenizer: ChannelTokenizer, trained: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    known = fingerprint(tiny_tokenizer)
+    for changes, named in (
+        ({"tokenizer_fingerprint": "0" * 16}, "tokenizer_fingerprint"),
+        ({"image_size": 64}, "image_size"),
+        ({"class_names": ["hen"]}, "class_names"),
+    ):
+        fields = {"tokenizer_fingerprint": known} | changes
+        tiny_refiner(**fields).save_pretrained(tmp_path / "model" / "refiner")
+        with pytest.raises(InputError, match=named):
+            ChannelTokPipeline.from_pretrained(tmp_path / "model", "cpu")
+    without_null = tiny_refiner(known, has_null_label=False)
+    with pytest.raises(InputError, match="without null label"):
+        ImageRefiner(without_null)(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), [1], [0], [0], Refinement(1, 2.0))
+    plain = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    with pytest.raises(InputError, match="no refiner"):
+        plain([1], 2, refine=4)
+    for flags, named in ((("--patch-size", 5), "patch_size 5"), (("--tokenizer", tmp_path / "none"), "no folder")):
+        done = trained(tmp_path / "run", *flags)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert named in done.err
