@@ -91,9 +91,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}); restore it or make it anew") from error
+        raise InputError(f"{path} is not readable JSON ({error}); restore it or create it again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or make it anew")
+        raise InputError(f"{path} holds no JSON object; restore it or create it again")
     return value
 
 
@@ -110,7 +110,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_tensor(path: str | Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file, and nothing else of it; KeyError if there is none of that name."""
+    """Read one tensor of a safetensors file; KeyError if it has no tensor of that name."""
     _check_safetensors(Path(path))
     with safe_open(path, "pt") as file:
         if name not in file.keys():  # noqa: SIM118 - it is no dictionary

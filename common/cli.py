@@ -169,7 +169,7 @@ def parse_command(
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):
         chooser = argparse.ArgumentParser(prog=_program(), description=description, usage="%(prog)s COMMAND [FLAGS]")
-        chooser.add_argument("command", choices=list(commands), help="COMMAND --help tells its flags")
+        chooser.add_argument("command", choices=list(commands), help="COMMAND --help lists its flags")
         chooser.parse_args(words[:1])
     if not words or words[0].startswith("-"):
         raise InputError(f"the first word must be a command: {' or '.join(commands)}")

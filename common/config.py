@@ -15,7 +15,7 @@ class LoopConfig:
     """Settings that both training scripts share. A step is one optimizer step over `batch_size` images."""
 
     output_dir: str = field(metadata={"help": "folder for the model, checkpoints, pictures and log.jsonl"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    resume: bool = field(default=False, metadata={"help": "continue from the newest checkpoint in output_dir"})
     steps: int = field(default=100_000, metadata={"help": "optimizer steps in all"})
     batch_size: int = field(default=256, metadata={"help": "images a step, over all processes together"})
     micro_batch_size: int | None = field(
@@ -90,13 +90,17 @@ class Refinement:
     Attributes:
         steps: of the integration, at least 1; each but the last costs two passes, the last one.
         cfg_scale: classifier-free guidance; 1 = off and costs half.
+        temperature: standard deviation of the noise; below 1 less detail is drawn, and with it fewer errors.
     """
 
     steps: int = 6
     cfg_scale: float = 1.0
+    temperature: float = 0.8
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"refine is {self.steps}; it must be a number of steps of at least 1, or 0 for none")
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise InputError(f"refine_cfg_scale is {self.cfg_scale}; it must be 0 or above")
+        if not 0 <= self.temperature <= 2:
+            raise InputError(f"refine_temperature is {self.temperature}; it must be in [0, 2]")

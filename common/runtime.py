@@ -82,7 +82,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def peak_memory_of_process(device: torch.device) -> int | None:
     """The most bytes that this process has held: on CUDA those of torch's allocator, elsewhere resident memory.
 
-    None where the system does not tell (Windows).
+    None where the system does not report it (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -62,7 +62,7 @@ def team(device_name: str) -> Iterator[Team]:
         return
     from accelerate import PartialState
 
-    # accelerate knows processes of CUDA devices; those of other devices communicate as CPU processes
+    # accelerate starts processes of CUDA devices; those of other devices communicate as CPU processes
     state = PartialState(cpu=device.type != "cuda", timeout=TIMEOUT)
     if device.type == "cuda":
         if device.index is not None:

@@ -252,8 +252,8 @@ class SampleConfig:
         default=None,
         metadata={"help": "end an image once half its channels changed it by less than so many grey levels"},
     )
-    continue_from: str | None = field(default=None, metadata={"help": "tokens.npz of a drawing to go on with"})
-    rows: list[int] | None = field(default=None, metadata={"help": "rows of it to go on with; default: all"})
+    continue_from: str | None = field(default=None, metadata={"help": "tokens.npz of a drawing to continue"})
+    rows: list[int] | None = field(default=None, metadata={"help": "rows of it to continue; default: all"})
     sketch_tokens: int | None = field(default=None, metadata={"help": "draw all images so far, then choose; see keep"})
     keep: int | None = field(default=None, metadata={"help": "sketches of each class to finish: the likeliest"})
     prefix_image: str | None = field(default=None, metadata={"help": "photograph whose first channels are kept"})
@@ -264,6 +264,9 @@ class SampleConfig:
     )
     refine_cfg_scale: float | None = field(
         default=None, metadata={"help": "guidance of the refiner; 1 = off, others cost two passes; default: 1"}
+    )
+    refine_temperature: float | None = field(
+        default=None, metadata={"help": "standard deviation of the refiner's noise; lower: less detail; default: 0.8"}
     )
     refine_previews: bool = field(default=False, metadata={"help": "refine the pictures of --previews as well"})
     model: str = field(default=DEMO_MODEL, metadata={"help": "folder with tokenizer/ and generator/, or a hub name"})

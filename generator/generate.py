@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.config import Refinement
 from common.errors import InputError
 from common.images import to_pil
 from common.randomness import uniforms
@@ -46,19 +47,19 @@ class Step:
     _stopped: set[int]
     _decoder: Any
 
-    def preview(self, refine: int = 0) -> list[Image.Image]:
+    def preview(self, refine: int | Refinement = 0) -> list[Image.Image]:
         """Decode what has been drawn: one whole image for each row. Drawing waits meanwhile.
 
         Args:
-            refine: steps of the refiner; 0: none.
+            refine: steps of the refiner, or all its settings; 0: none.
         """
         return self.begin_preview(refine).pictures()
 
-    def begin_preview(self, refine: int = 0) -> Preview:
+    def begin_preview(self, refine: int | Refinement = 0) -> Preview:
         """Start to decode; on CUDA in parallel with drawing, elsewhere when the images are requested.
 
         Args:
-            refine: steps of the refiner, applied when the images are requested; 0: none.
+            refine: steps of the refiner, or all its settings, applied when the images are requested; 0: none.
 
         Raises:
             InputError: a stream without a decoder of images, or a model without refiner.

@@ -48,6 +48,11 @@ class PipelineOutput:
     lengths: tuple[int, ...]
 
 
+def refinement_of(refine: int | Refinement) -> Refinement:
+    """Settings of the refiner from a number of steps, or as they are."""
+    return refine if isinstance(refine, Refinement) else Refinement(refine)
+
+
 class StreamImages:
     """Images of one stream: decodes tokens, and refines what it has decoded, with each image's class and seed."""
 
@@ -57,13 +62,12 @@ class StreamImages:
         refiner: ImageRefiner | None,
         class_labels: Sequence[int],
         seeds: Sequence[int],
-        cfg_scale: float,
     ):
         self._decoder, self._refiner = decoder, refiner
-        self._class_labels, self._seeds, self._cfg_scale = class_labels, seeds, cfg_scale
+        self._class_labels, self._seeds = class_labels, seeds
 
-    def start(self, tokens: Tensor, num_tokens: Tensor, refine: int = 0) -> PendingPictures:
-        """As `PictureDecoder.start`; with `refine` steps above 0 the images are refined when they are requested.
+    def start(self, tokens: Tensor, num_tokens: Tensor, refine: int | Refinement = 0) -> PendingPictures:
+        """As `PictureDecoder.start`; with `refine` other than 0 the images are refined when they are requested.
 
         Raises:
             InputError: a negative number of steps, or a model without refiner.
@@ -71,7 +75,7 @@ class StreamImages:
         decoded = self._decoder.start(tokens.to(self._decoder.device), num_tokens)
         if refine == 0:
             return decoded
-        refinement, refiner = Refinement(refine, self._cfg_scale), self._refiner
+        refinement, refiner = refinement_of(refine), self._refiner
         if refiner is None:
             raise InputError(f"refine is {refine}, but this model has no refiner; use 0")
         lengths = num_tokens.tolist()
@@ -211,8 +215,7 @@ class ChannelTokPipeline:
         deadline: float | None = None,
         stop_when_stable: float | None = None,
         scored: bool = False,
-        refine: int | None = None,
-        refine_cfg_scale: float | None = None,
+        refine: int | Refinement | None = None,
         **sampling: Any,
     ) -> Iterator[Step]:
         """Draw, one token of every image at each step; stop whenever you like by not asking for the next.
@@ -221,14 +224,13 @@ class ChannelTokPipeline:
             class_labels: a label for each image.
             num_tokens: where an image ends by itself, one for all or one for each; None draws all C.
             seed: a seed for each image, or one number: image i then has seed + i.
-            prefix: tokens (b j) of an earlier drawing or of a photograph to go on from.
+            prefix: tokens (b j) of an earlier drawing or of a photograph to continue.
             prefix_lengths: how many of them each image has; None: all j.
             deadline: seconds from this call in which the pictures are to be finished, decoding included.
             stop_when_stable: grey levels; see `stopping.WhenStable`.
             scored: whether steps carry the log-likelihood.
-            refine: steps of the refiner for the final images, which the deadline includes; 0: none; None: the default
-                if the model has a refiner. `Step.preview` has an argument of its own.
-            refine_cfg_scale: guidance of the refiner; None: the default.
+            refine: steps of the refiner for the final images, or all its settings; the deadline includes it; 0: none;
+                None: the default if the model has a refiner. `Step.preview` has an argument of its own.
             sampling: the fields of `SamplingConfig`: temperature, top_k, top_p, cfg_scale, ... What is not given is
                 the model's own for all C, whatever num_tokens is, so that a prefix stays one.
 
@@ -241,8 +243,8 @@ class ChannelTokPipeline:
         else:
             seeds = [int(entry) for entry in seed]
         count = self.config.num_channels if num_tokens is None else num_tokens
-        refinement = self.refinement(refine, refine_cfg_scale)
-        images = self.images(class_labels, seeds, refine_cfg_scale)
+        refinement = self.refinement(refine)
+        images = self.images(class_labels, seeds)
         rules: list[StopRule] = []
         if deadline is not None:
             check_deadline(deadline)
@@ -265,34 +267,26 @@ class ChannelTokPipeline:
         **options: Any,
     ) -> PipelineOutput:
         """Draw whole images, refined by default if the model has a refiner; the arguments are those of `stream`."""
-        refinement = self.refinement(options.get("refine"), options.get("refine_cfg_scale"))
+        refinement = self.refinement(options.get("refine"))
         *_, last = self.stream(class_labels, num_tokens, seed, **options)
-        images = last.preview(refine=refinement.steps if refinement else 0)
+        images = last.preview(refine=refinement or 0)
         return PipelineOutput(images=images, tokens=last.tokens.cpu(), lengths=last.lengths)
 
-    def images(
-        self, class_labels: Sequence[int], seeds: Sequence[int], refine_cfg_scale: float | None = None
-    ) -> StreamImages:
-        """A decoder, and refiner, of tokens of these classes and seeds; the arguments are those of `stream`."""
-        cfg_scale = Refinement.cfg_scale if refine_cfg_scale is None else refine_cfg_scale
-        return StreamImages(self.pictures, self.refiner, class_labels, seeds, cfg_scale)
+    def images(self, class_labels: Sequence[int], seeds: Sequence[int]) -> StreamImages:
+        """A decoder, and refiner, of tokens of these classes and seeds."""
+        return StreamImages(self.pictures, self.refiner, class_labels, seeds)
 
-    def refinement(self, refine: int | None, cfg_scale: float | None) -> Refinement | None:
-        """How final images are refined; None for not at all. The arguments are those of `stream`.
+    def refinement(self, refine: int | Refinement | None) -> Refinement | None:
+        """How final images are refined, None for not at all, from the argument of `stream`.
 
         Raises:
-            InputError: a negative number of steps, refinement without a refiner, or guidance that it cannot give.
+            InputError: a negative number of steps, or refinement without a refiner.
         """
         if refine == 0 or (refine is None and self.refiner is None):
-            if cfg_scale is not None:
-                raise InputError(f"refine_cfg_scale is {cfg_scale}, but images are not refined; omit it")
             return None
-        chosen = Refinement(
-            Refinement.steps if refine is None else refine, Refinement.cfg_scale if cfg_scale is None else cfg_scale
-        )
         if self.refiner is None:
-            raise InputError(f"refine is {refine}, but this model has no refiner/; use 0, or train_refiner.py")
-        return chosen
+            raise InputError("refine is given, but this model has no refiner/; use 0, or train one (train_refiner.py)")
+        return Refinement() if refine is None else refinement_of(refine)
 
     def stream_best(
         self,
@@ -307,13 +301,13 @@ class ChannelTokPipeline:
     ) -> Iterator[Step]:
         """Draw all to `sketch_tokens`, and only the best of each class to the end.
 
-        The kept ones go on from their caches; nothing is drawn twice. At the last step `.lengths` tells
-        the finished images from the sketches.
+        The kept ones continue from their caches; nothing is drawn twice. At the last step `.lengths` distinguishes
+        finished images from sketches.
 
         Args:
             class_labels: a label for each sketch.
             sketch_tokens: where the sketches are judged, below num_tokens.
-            keep: how many of each class go on.
+            keep: how many of each class continue.
             num_tokens: where the kept ones end; None draws all C.
             seed: as in `stream`.
             scorer: a step -> a number for each image, the higher the better; it may look at `step.preview()`.

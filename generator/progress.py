@@ -76,9 +76,9 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """Nats a token on val of models that know next to nothing.
+    """Nats per token on val of two trivial models.
 
-    unigram: knows how often each token stands at each position of train; (C,). uniform: knows the codebook's size.
+    unigram: frequency of each token at each position of train; (C,). uniform: the same probability for every token.
     """
 
     unigram: list[float]
@@ -156,7 +156,7 @@ def write_report(output_dir: Path, journal: JsonlLog, baselines: Baselines, prog
         dashed={"unigram", "uniform"},
     )
     write_text(output_dir / REPORT, _report(evaluations, bounds, progress))
-    logger.info("%s: done; report.md tells how it went", output_dir)
+    logger.info("%s: done; see report.md", output_dir)
 
 
 def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], progress: Progress) -> str:
@@ -198,7 +198,7 @@ def _report(evaluations: dict[int, dict[str, Any]], bounds: dict[str, float], pr
             f"generator/ has the averaged weights after {exported:,} steps"
             f"{', the lowest validation loss' if progress.keep_best else ''}.",
             "",
-            "Unigram: knows how often each token stands at each position. Uniform: knows nothing.",
+            "Unigram: the frequency of each token at each position. Uniform: the same probability for every token.",
             "",
             "![Loss](loss.png)",
             "",

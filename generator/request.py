@@ -10,9 +10,9 @@ from torch import Tensor
 from common.config import Refinement
 from common.errors import InputError
 from generator.config import ChannelGPTConfig, SampleConfig, SamplingConfig
-from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
 from generator.stopping import check_deadline, check_epsilon
+from generator.token_file import TokenFile
 
 SHOWN_CLASSES = 6
 
@@ -42,9 +42,14 @@ class DrawRequest:
     stop_when_stable: float | None = None
     sketch_tokens: int | None = None
     keep: int | None = None
-    continued: Drawing | None = None
+    continued: TokenFile | None = None
     refinement: Refinement | None = None
     refine_previews: bool = False
+
+    @property
+    def preview_refinement(self) -> Refinement | int:
+        """How previews are refined; 0: not at all."""
+        return self.refinement if self.refinement and self.refine_previews else 0
 
     def check(self, config: ChannelGPTConfig) -> None:
         """Refuse what cannot be drawn; the null label is a mistake here."""
@@ -104,9 +109,14 @@ def request_of(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTok
     Raises:
         InputError: flags that do not fit the model or each other, or a drawing that cannot be continued.
     """
-    refinement = pipeline.refinement(config.refine, config.refine_cfg_scale)
-    if config.refine_previews and refinement is None:
-        raise InputError("refine_previews is set, but images are not refined; omit it")
+    refinement = pipeline.refinement(config.refine)
+    flags = {"cfg_scale": config.refine_cfg_scale, "temperature": config.refine_temperature}
+    settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if refinement is not None:
+        refinement = replace(refinement, **settings)
+    elif settings or config.refine_previews:
+        named = f"refine_{next(iter(settings), 'previews')}"
+        raise InputError(f"{named} is given, but images are not refined; omit it")
     if config.continue_from is None:
         request = _fresh_request(config, given, pipeline)
     else:
@@ -151,7 +161,7 @@ def _fresh_request(config: SampleConfig, given: dict[str, Any], pipeline: Channe
 def _continued_request(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTokPipeline) -> DrawRequest:
     """Rows of a drawing to continue, with its own settings unless others are given."""
     path = Path(config.continue_from or "")
-    drawing = Drawing.load(path)
+    drawing = TokenFile.load(path)
     drawing.check(path, pipeline.config, pipeline.tokens_fingerprint)
     rows = list(range(len(drawing.seeds))) if config.rows is None else config.rows
     chosen = drawing.rows(rows)

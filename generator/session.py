@@ -16,15 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoint import load_tensors, save_tensors
+from common.config import Refinement
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil
 from common.runtime import StopOnSignal, is_out_of_memory, pick_dtype
 from common.team import Team, team
 from generator.config import SampleConfig
-from generator.drawing import Drawing
 from generator.generate import Preview, Step
 from generator.pipeline import ChannelTokPipeline
 from generator.request import DrawRequest, request_of
+from generator.token_file import TokenFile
 
 logger = logging.getLogger(__name__)
 OUR_FILES = re.compile(r"\d{5,}(_k\d{4,})?\.png")
@@ -108,7 +109,7 @@ def _steps(pipeline: ChannelTokPipeline, request: DrawRequest) -> Iterator[Step]
         "prefix_lengths": request.prefix_lengths,
         "deadline": request.deadline,
         "stop_when_stable": request.stop_when_stable,
-        **_refinement(request),
+        "refine": request.refinement or 0,
         **vars(request.sampling),
     }
     if request.sketch_tokens is None or request.keep is None:
@@ -119,20 +120,13 @@ def _steps(pipeline: ChannelTokPipeline, request: DrawRequest) -> Iterator[Step]
     )
 
 
-def _refinement(request: DrawRequest) -> dict[str, Any]:
-    """Arguments of `ChannelTokPipeline.stream`."""
-    if request.refinement is None:
-        return {"refine": 0}
-    return {"refine": request.refinement.steps, "refine_cfg_scale": request.refinement.cfg_scale}
-
-
 def _draw_batch(
     pipeline: ChannelTokPipeline, request: DrawRequest, images: range, bar: tqdm, interrupt: StopOnSignal
 ) -> _Batch:
     previews: dict[int, Preview] = {}
     for step in _steps(pipeline, request.part(images)):
         if step.num_tokens in request.previews:
-            previews[step.num_tokens] = step.begin_preview(_preview_steps(request))
+            previews[step.num_tokens] = step.begin_preview(request.preview_refinement)
         bar.update(sum(length == step.num_tokens for length in step.lengths))
         last = step
         if interrupt.requested:
@@ -179,10 +173,6 @@ def _draw_share(
     return done
 
 
-def _preview_steps(request: DrawRequest) -> int:
-    return request.refinement.steps if request.refinement and request.refine_previews else 0
-
-
 def _columns(request: DrawRequest) -> list[int]:
     """The k at which grid.png shows images beside the last: previews, ends of prefixes and of sketches."""
     begins = {max(request.prefix_lengths)} if request.prefix_lengths else set()
@@ -194,13 +184,12 @@ def _columns(request: DrawRequest) -> list[int]:
 def _save_pictures(pipeline: ChannelTokPipeline, request: DrawRequest, batch: _Batch, folder: Path) -> None:
     """Write the final picture of each image of a batch, and those at the k of `_columns` that it has reached."""
     part = request.part(batch.images)
-    refinement = request.refinement
-    drawn = pipeline.images(part.class_labels, part.seeds, refinement.cfg_scale if refinement else None)
+    drawn = pipeline.images(part.class_labels, part.seeds)
 
-    def pictures(tokens: Tensor, lengths: Sequence[int], steps: int) -> list[Image.Image]:
-        return [to_pil(image) for image in drawn.start(tokens, torch.tensor(list(lengths)), steps).images()]
+    def pictures(tokens: Tensor, lengths: Sequence[int], refine: Refinement | int) -> list[Image.Image]:
+        return [to_pil(image) for image in drawn.start(tokens, torch.tensor(list(lengths)), refine).images()]
 
-    finals = pictures(batch.tokens, batch.lengths, refinement.steps if refinement else 0)
+    finals = pictures(batch.tokens, batch.lengths, request.refinement or 0)
     for row, picture in zip(part.rows, finals, strict=True):
         save_png(picture, _picture_path(folder, row))
     for k in _columns(request):
@@ -209,7 +198,7 @@ def _save_pictures(pipeline: ChannelTokPipeline, request: DrawRequest, batch: _B
         else:
             shown = min(k, batch.tokens.shape[1])
             lengths = [min(length, shown) for length in batch.lengths]
-            columns = pictures(batch.tokens[:, :shown], lengths, _preview_steps(request))
+            columns = pictures(batch.tokens[:, :shown], lengths, request.preview_refinement)
         for row, picture, length in zip(part.rows, columns, batch.lengths, strict=True):
             if length >= k:
                 save_png(picture, _picture_path(folder, row, k))
@@ -260,7 +249,7 @@ def _finish(
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
     save_png(grid, output_dir / "grid.png")
-    drawing = Drawing(
+    drawing = TokenFile(
         tokens=tokens,
         num_tokens=lengths,
         class_labels=[request.class_labels[i] for i in drawn],

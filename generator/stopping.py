@@ -70,12 +70,12 @@ class WhenStable:
     After every C/16 tokens the pictures are decoded, and each is compared with itself one such stride
     before: the mean absolute difference over its pixels and colours, in grey levels of 0..255. An image
     stops when that is below `epsilon`. The full picture then differs by one to two times that, as
-    channels are ordered by what they bring (docs/performance.md has how well the one foretells the other).
+    channels are ordered by what they bring.
 
     Args:
         epsilon: grey levels, above 0.
         decode: tokens to pictures.
-        num_channels: C of the model; the stride does not hang on the number of tokens asked for.
+        num_channels: C of the model; the stride does not depend on the number of tokens that was requested.
 
     Raises:
         InputError: an epsilon that is not above 0.

@@ -168,7 +168,7 @@ class ImageRefiner:
             num_tokens: k of each image, in [1, C].
             class_labels: label of each, in [0, null_label]; the last is no class.
             seeds: seed of each image's noise, in [0, 2**63).
-            refinement: steps and guidance.
+            refinement: steps, guidance and temperature.
 
         Raises:
             InputError: guidance of a refiner trained without null label, a seed out of range, or too little memory.
@@ -181,7 +181,7 @@ class ImageRefiner:
             to_float(images.to(self.device)),
             torch.tensor(list(num_tokens), device=self.device),
             torch.tensor(list(class_labels), device=self.device),
-            normals(seeds, *images.shape[1:]).to(self.device),
+            refinement.temperature * normals(seeds, *images.shape[1:]).to(self.device),
         ]
         found = torch.empty_like(inputs[0])
         start = 0

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from common.errors import InputError
 from generator.config import SamplingConfig
 from generator.decode import CachedDecoder
-from generator.drawing import Drawing
 from generator.engine import Engine
 from generator.generate import stream
 from generator.model import ChannelGPT
+from generator.token_file import TokenFile
 
 C, CODES = 16, 64
 PLAIN = SamplingConfig()
@@ -108,13 +108,13 @@ def test_stopped_saved_loaded_and_continued_is_one_run(
     running = stream(tiny_engine, LABELS, SEEDS, C, sampling)
     for _ in range(k):
         stopped = next(running)
-    drawing = Drawing(
+    drawing = TokenFile(
         tokens=stopped.tokens, num_tokens=torch.full((5,), k), class_labels=LABELS, seeds=SEEDS, sampling=sampling,
         fingerprint="0123-4567",
     )  # fmt: skip
     drawing.save(tmp_path / "tokens.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npz"]
-    loaded = Drawing.load(tmp_path / "tokens.npz")
+    loaded = TokenFile.load(tmp_path / "tokens.npz")
     assert torch.equal(loaded.tokens, drawing.tokens)
     assert loaded.num_tokens.tolist() == [k] * 5
     for name in ("class_labels", "seeds", "sampling", "fingerprint"):
@@ -143,7 +143,7 @@ def test_a_damaged_drawing_is_refused_in_one_line(tmp_path: Path, damage: str) -
     elif damage == "other names":
         np.savez(path, codes=np.zeros((2, 3), np.uint16))
     with pytest.raises(InputError, match=r"tokens\.npz") as caught:
-        Drawing.load(path)
+        TokenFile.load(path)
     assert "\n" not in str(caught.value)
 
 

@@ -255,7 +255,7 @@ def test_sigkill_at_random_times_does_not_change_the_result(
 SLOW_STEPS = """
 import time
 from common import checkpoint
-    from training import loop as training
+from training import loop as training
 step, sync = training.Loop._step, checkpoint._sync
 training.Loop._step = lambda self, *arguments: (time.sleep(0.02), step(self, *arguments))[1]
 checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]

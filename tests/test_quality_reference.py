@@ -22,9 +22,9 @@ from evaluation.fid.npz import NpzPictures, write_npz
 from evaluation.fid.reference import KEPT, Collector, FolderImages, folder_reference, npz_reference
 from evaluation.frechet import RunningStatistics, frechet_distance
 from generator.config import SamplingConfig
-from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
 from generator.settings import ModelSettings
+from generator.token_file import TokenFile
 
 
 class Means:
@@ -327,7 +327,7 @@ def test_sample_py_draws_with_the_model_s_settings_unless_others_are_given(
     output = tmp_path / "drawn"
     done = scripts("sample.py", "--model", with_settings, "--class-labels", 1, "--output-dir", output, *flags)
     assert done.code == 0, done.err
-    drawing = Drawing.load(output / "tokens.npz")
+    drawing = TokenFile.load(output / "tokens.npz")
     assert drawing.sampling == SamplingConfig(**expected)
     pipeline = ChannelTokPipeline.from_pretrained(with_settings, "cpu")
     alone = pipeline([1], drawing.tokens.shape[1], 0, **(vars(SamplingConfig()) | expected))
@@ -339,7 +339,7 @@ def test_images_of_several_lengths_have_the_settings_of_whole_drawings(
 ) -> None:
     flags = ["--model", with_settings, "--class-labels", 1, 1, "--output-dir", tmp_path, "--num-tokens", 4, 5]
     assert scripts("sample.py", *flags).code == 0
-    drawing = Drawing.load(tmp_path / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "tokens.npz")
     assert drawing.sampling == SamplingConfig(cfg_scale=2, cfg_schedule="linear", top_k=9)
 
 
@@ -349,7 +349,7 @@ def test_settings_of_other_weights_are_not_used(scripts: ScriptRunner, with_sett
     done = scripts("sample.py", "--model", with_settings, "--class-labels", 1, "--output-dir", tmp_path / "drawn")
     assert done.code == 0
     assert "measured for other weights" in done.err
-    assert Drawing.load(tmp_path / "drawn" / "tokens.npz").sampling == SamplingConfig()
+    assert TokenFile.load(tmp_path / "drawn" / "tokens.npz").sampling == SamplingConfig()
 
 
 def test_given_guidance_replaces_all_fields_of_guidance() -> None:
@@ -372,7 +372,7 @@ def test_a_drawing_continues_with_its_own_settings(scripts: ScriptRunner, with_s
     flags = ["--model", with_settings, "--output-dir", output]
     assert scripts("sample.py", *flags, "--class-labels", 1, 2, "--num-tokens", 4).code == 0
     assert scripts("sample.py", *flags, "--continue-from", output / "tokens.npz").code == 0
-    assert Drawing.load(output / "tokens.npz").sampling == SamplingConfig(temperature=0.5)
+    assert TokenFile.load(output / "tokens.npz").sampling == SamplingConfig(temperature=0.5)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"by_num_tokens": {"4": {"temp": 1}}, "measured": {}}', "{}"])

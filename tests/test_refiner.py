@@ -1,7 +1,7 @@
 """The refiner: its flow against closed forms, its laws in a pipeline, its training, and wrong calls."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +150,28 @@ def test_a_refiner_learns_what_the_class_decides() -> None:
 
 
 def test_a_refined_image_depends_on_seed_class_tokens_and_k_alone(pipeline: ChannelTokPipeline) -> None:
-    options: dict[str, Any] = {"refine": 3, "refine_cfg_scale": 2.0}
+    refinement = Refinement(3, cfg_scale=2.0)
+    options: dict[str, Any] = {"refine": refinement}
     batch = pipeline([3, 1, 0], 9, seed=[40, 41, 9], **options)
     alone = pipeline([1], 9, seed=41, **options)
     assert np.abs(pixels(batch.images)[1] - pixels(alone.images)[0]).max() <= 1
     # the first 9 tokens of a longer drawing; and stopped, saved and continued
-    steps = {step.num_tokens: step.preview(refine=3) for step in pipeline.stream([1], seed=41, **options)}
+    steps = {step.num_tokens: step.preview(refine=refinement) for step in pipeline.stream([1], seed=41, **options)}
     assert np.abs(pixels(steps[9])[0] - pixels(alone.images)[0]).max() <= 1
     continued = pipeline([1], 9, seed=41, prefix=batch.tokens[1:2, :4], **options)
     assert np.abs(pixels(continued.images) - pixels(alone.images)).max() <= 1
     # it is refined by default, and each of seed, class, k, steps and guidance matters
     assert np.abs(pixels(pipeline([1], 9, 41).images) - pixels(pipeline([1], 9, 41, refine=0).images)).mean() > 2
-    tokens = pipeline.engine.decoder.device and batch.tokens[1:2]
-    base = {"labels": [1], "seeds": [41], "scale": 2.0, "k": 9, "steps": 3}
-    for change in ({}, {"labels": [2]}, {"seeds": [42]}, {"scale": 1.0}, {"k": 8}, {"steps": 2}):
+    base = {"labels": [1], "seeds": [41], "k": 9, "refine": refinement}
+    changes: list[dict[str, Any]] = [{"labels": [2]}, {"seeds": [42]}, {"k": 8}]
+    changes += [{"refine": replace(refinement, **{name: 1})} for name in ("steps", "cfg_scale", "temperature")]
+    for change in ({}, *changes):
         use = base | change
-        images = pipeline.images(use["labels"], use["seeds"], use["scale"])
-        found = images.start(tokens, torch.tensor([use["k"]]), use["steps"]).images().int().permute(0, 2, 3, 1).numpy()
+        images = pipeline.images(use["labels"], use["seeds"])
+        pending = images.start(batch.tokens[1:2], torch.tensor([use["k"]]), use["refine"])
+        found = pending.images().int().permute(0, 2, 3, 1).numpy()
         difference = np.abs(found - pixels(alone.images)).mean()
-        assert difference < 0.05 if not change else difference > 0.05, change
+        assert (difference > 0.05) == bool(change), change
 
 
 def test_refinement_changes_no_token_and_counts_for_the_deadline(
@@ -278,6 +281,7 @@ def test_sample_py_refines_with_the_refiner_of_the_model(
     [
         (("--refine", -1), "refine is -1"),
         (("--refine-cfg-scale", -2), "refine_cfg_scale is -2"),
+        (("--refine-temperature", 3), "refine_temperature is 3"),
         (("--refine", 0, "--refine-cfg-scale", 2), "images are not refined"),
         (("--refine", 0, "--refine-previews"), "images are not refined"),
     ],

@@ -17,9 +17,9 @@ from conftest import Finished, ScriptRunner
 from PIL import Image
 
 from generator.config import SamplingConfig
-from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
 from generator.token_data import TokenDataset
+from generator.token_file import TokenFile
 from generator.tokens import TokenStore
 from tokenizer import ChannelTokenizer
 
@@ -86,7 +86,7 @@ def test_sample_without_classes_shows_some_at_growing_k(
 ) -> None:
     done = scripts("sample.py", "--model", pipeline_folder, cwd=tmp_path)
     assert done.code == 0, done.err
-    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     assert drawing.class_labels == [0, 1, 2, 3, 4]
     assert drawing.tokens.shape == (5, C)
     names = [f"previews/0000{i}_k{k:04d}.png" for i in range(5) for k in (1, 4)]
@@ -105,7 +105,7 @@ def test_sample_again_replaces_the_earlier_pictures_and_nothing_else(
     Image.new("RGB", (4, 4)).save(tmp_path / "o" / "holiday.png")
     assert scripts("sample.py", *words, "--class-labels", 3, cwd=tmp_path).code == 0
     assert files_below(tmp_path / "o") == ["00000.png", "grid.png", "holiday.png", "tokens.npz"]
-    assert Drawing.load(tmp_path / "o" / "tokens.npz").class_labels == [3]
+    assert TokenFile.load(tmp_path / "o" / "tokens.npz").class_labels == [3]
 
 
 def test_flags_override_yaml(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_flags_override_yaml(scripts: ScriptRunner, pipeline_folder: Path, tmp_p
     )
     done = scripts("sample.py", "--config", "draw.yaml", "--seed", 4, cwd=tmp_path)
     assert done.code == 0, done.err
-    drawing = Drawing.load(tmp_path / "o" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "o" / "tokens.npz")
     assert (drawing.class_labels, drawing.seeds) == ([1, 2], [4, 5])
     expected = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")([1, 2], num_tokens=3, seed=4, top_k=5)
     assert torch.equal(drawing.tokens, expected.tokens)
@@ -191,7 +191,7 @@ def test_sample_refuses_in_one_line_and_writes_nothing(
         (tmp_path / name).write_text(text)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
     fingerprint = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu").tokens_fingerprint
-    drawn = Drawing(
+    drawn = TokenFile(
         tokens=torch.tensor([[5, 6, 7], [1, 0, 0]]), num_tokens=torch.tensor([3, 1]), class_labels=[0, 1],
         seeds=[0, 1], sampling=SamplingConfig(), fingerprint=fingerprint,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def test_ctrl_c_from_outside_writes_what_has_been_drawn(
     assert "Traceback" not in "".join(lines)
     (line,) = [line for line in lines if "stopped at k" in line]
 
-    drawing = Drawing.load(tmp_path / "o" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "o" / "tokens.npz")
     count, last = len(drawing.seeds), int(drawing.num_tokens[-1])
     assert f"stopped at k = {last} of {C} tokens; {count} of 100000 images" in line
     assert count >= 2
@@ -332,7 +332,7 @@ def test_ctrl_c_at_any_token_writes_what_has_been_drawn(
     done = scripts("sample.py", *words, before=INTERRUPT.format(when=f"({at},)"), cwd=tmp_path)
     assert done.code == 0, done.err
     assert f"stopped at k = {k} of 16 tokens; {count} of 5 images" in done.err
-    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     assert drawing.num_tokens.tolist() == ([16, 16] if count == 4 else []) + [k, k]
     assert drawing.class_labels == list(range(count))
     reached = [[p for p in (2, 4) if p <= length] for length in drawing.num_tokens.tolist()]
@@ -348,7 +348,7 @@ def test_ctrl_c_to_one_of_two_processes_omits_its_later_batches(
     second = INTERRUPT.format(when="((5,) if os.environ['RANK'] == '1' else ())")
     done = scripts("sample.py", *words, before=second, processes=2, cwd=tmp_path)
     assert done.code == 0, done.err
-    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     assert (drawing.class_labels, drawing.num_tokens.tolist()) == ([0, 1, 2, 4], [16, 5, 16, 16])
     names = [f"{i:05d}.png" for i in (0, 1, 2, 4)]
     assert files_below(tmp_path / "samples") == [*names, "grid.png", "tokens.npz"]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from common.images import load_image, to_float
 from generator.config import SamplingConfig
-from generator.drawing import Drawing
 from generator.pipeline import ChannelTokPipeline
+from generator.token_file import TokenFile
 
 C = 16
 
@@ -38,7 +38,7 @@ def test_each_image_may_have_its_own_number(
     done = scripts("sample.py", *words, cwd=tmp_path)
     assert done.code == 0, done.err
     assert "3 images of 4 to 16 tokens" in done.err
-    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     assert drawing.num_tokens.tolist() == [4, 16, 9]
     whole = pipeline([0, 1, 2]).tokens
     for row, length in enumerate([4, 16, 9]):
@@ -67,8 +67,8 @@ def test_continuing_in_place_is_one_run_and_does_not_change_the_other_rows(
     assert {name for name in after if after[name] != before[name]} == {
         "00003.png", "00007.png", "grid.png", "tokens.npz",
     }  # fmt: skip
-    whole = Drawing.load(tmp_path / "whole" / "tokens.npz")
-    found = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    whole = TokenFile.load(tmp_path / "whole" / "tokens.npz")
+    found = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     assert found.num_tokens.tolist() == [5, 5, 5, 16, 5, 5, 5, 16]
     assert (found.seeds, found.class_labels) == (whole.seeds, whole.class_labels)
     for row, length in enumerate(found.num_tokens.tolist()):
@@ -82,7 +82,7 @@ def test_continuing_in_place_is_one_run_and_does_not_change_the_other_rows(
     # the rest in another folder, from rows of different lengths up to one length
     rest = [*continued[:4], "--rows", 0, 1, 2, 4, 5, 6, "--output-dir", "rest"]
     assert scripts("sample.py", *rest, cwd=tmp_path).code == 0
-    last = Drawing.load(tmp_path / "rest" / "tokens.npz")
+    last = TokenFile.load(tmp_path / "rest" / "tokens.npz")
     assert torch.equal(last.tokens, whole.tokens)
     assert stamps(tmp_path / "samples") == after
 
@@ -94,7 +94,7 @@ def test_other_settings_may_be_given_for_the_rest(
     for words in (["--class-labels", 1, "--num-tokens", 4], continued):
         done = scripts("sample.py", "--model", pipeline_folder, *words, cwd=tmp_path)
         assert done.code == 0, done.err
-    found = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    found = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     prefix = pipeline([1], num_tokens=4).tokens
     assert torch.equal(found.tokens, pipeline([1], prefix=prefix, temperature=0).tokens)
     assert found.sampling == SamplingConfig(temperature=0)
@@ -107,7 +107,7 @@ def test_a_photograph_gives_the_first_channels(
     words = ["--model", pipeline_folder, "--class-names", "hen", "--samples-per-class", 3]
     done = scripts("sample.py", *words, "--prefix-image", photo, "--prefix-tokens", 6, cwd=tmp_path)
     assert done.code == 0, done.err
-    found = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    found = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     own = pipeline.tokenizer.tokenize(to_float(load_image(photo, 32)[None]))
     assert torch.equal(found.tokens[:, :6], own[:, :6].expand(3, -1))
     assert torch.equal(found.tokens, pipeline([3] * 3, prefix=own[:, :6].expand(3, -1)).tokens)
@@ -120,7 +120,7 @@ def test_sketch_many_refine_few(
     words = ["--model", pipeline_folder, "--class-labels", 0, 3, "--samples-per-class", 5, "--batch-size", 6]
     done = scripts("sample.py", *words, "--sketch-tokens", 4, "--keep", 2, cwd=tmp_path)
     assert done.code == 0, done.err
-    drawing = Drawing.load(tmp_path / "samples" / "tokens.npz")
+    drawing = TokenFile.load(tmp_path / "samples" / "tokens.npz")
     labels = [0] * 5 + [3] * 5
     for step in pipeline.stream(labels, 4, scored=True):
         scores = step.log_likelihood.tolist()
@@ -166,9 +166,9 @@ def test_stable_pictures_stop_from_the_command_line(
 ) -> None:
     words = ["--model", pipeline_folder, "--class-labels", 0, 1, "--stop-when-stable"]
     assert scripts("sample.py", *words, 255, cwd=tmp_path).code == 0
-    assert Drawing.load(tmp_path / "samples" / "tokens.npz").num_tokens.tolist() == [2, 2]
+    assert TokenFile.load(tmp_path / "samples" / "tokens.npz").num_tokens.tolist() == [2, 2]
     assert scripts("sample.py", *words, 1e-9, cwd=tmp_path).code == 0
-    assert Drawing.load(tmp_path / "samples" / "tokens.npz").num_tokens.tolist() == [C, C]
+    assert TokenFile.load(tmp_path / "samples" / "tokens.npz").num_tokens.tolist() == [C, C]
 
 
 # batches of more than 3 rows need more memory than there is
@@ -190,7 +190,7 @@ def test_out_of_memory_halves_the_batch(scripts: ScriptRunner, pipeline_folder: 
     assert done.code == 0, done.err
     found = re.findall(r"with (\d+) images in a batch; continuing with (\d+)", done.err)
     assert found == [("10", "5"), ("5", "2")]
-    one, other = (Drawing.load(tmp_path / name / "tokens.npz") for name in ("plenty", "samples"))
+    one, other = (TokenFile.load(tmp_path / name / "tokens.npz") for name in ("plenty", "samples"))
     assert torch.equal(one.tokens, other.tokens)
     # one image does not fit either
     done = scripts("sample.py", *words, "--output-dir", "none", before=SCARCE.replace("> 3", "> 0"), cwd=tmp_path)
@@ -209,7 +209,7 @@ def same_drawing(found: Path, expected: Path) -> None:
     for name in names_in(expected):
         if name.endswith(".png"):
             assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    one, other = (Drawing.load(folder / "tokens.npz") for folder in (found, expected))
+    one, other = (TokenFile.load(folder / "tokens.npz") for folder in (found, expected))
     assert torch.equal(one.tokens, other.tokens)
     assert one.num_tokens.tolist() == other.num_tokens.tolist()
     assert (one.class_labels, one.seeds) == (other.class_labels, other.seeds)
@@ -232,7 +232,7 @@ def test_several_processes_write_what_one_does(
         done = scripts("sample.py", *continued, cwd=tmp_path, processes=count)
         assert done.code == 0, done.err
     same_drawing(tmp_path / "many", tmp_path / "one")
-    assert Drawing.load(tmp_path / "many" / "tokens.npz").num_tokens.tolist() == [8, 16, 16, 16, 16]
+    assert TokenFile.load(tmp_path / "many" / "tokens.npz").num_tokens.tolist() == [8, 16, 16, 16, 16]
 
 
 # ------------------------------------------------------------------------------------- compiled
@@ -243,7 +243,7 @@ def test_compile_draws_the_same(scripts: ScriptRunner, pipeline_folder: Path, tm
     assert scripts("sample.py", *words, "--output-dir", "eager", cwd=tmp_path).code == 0
     done = scripts("sample.py", *words, "--compile", "true", cwd=tmp_path)
     assert done.code == 0, done.err
-    one, other = (Drawing.load(tmp_path / name / "tokens.npz") for name in ("eager", "samples"))
+    one, other = (TokenFile.load(tmp_path / name / "tokens.npz") for name in ("eager", "samples"))
     assert torch.equal(one.tokens, other.tokens)
 
 

@@ -90,19 +90,21 @@ def test_the_discriminator_is_trained_from_its_first_step_on(everything):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
         active = record["step"] > 2
-        assert all((name in record) == active for name in ("adversarial", "gan_weight", "opponent_loss"))
+        assert all((name in record) == active for name in ("adversarial", "gan_weight", "discriminator_loss"))
         expected = record["reconstruction"] + 0.1 * (record["token_entropy"] - record["codebook_entropy"])
         expected += 0.25 * record["commitment"] + record["rate"]
         if active:  # the adversarial loss uses the logits of the discriminator's own loss
-            assert record["adversarial"] == pytest.approx(-record["opponent_fake"], rel=1e-4, abs=1e-6)
+            assert record["adversarial"] == pytest.approx(-record["discriminator_fake"], rel=1e-4, abs=1e-6)
             expected += record["gan_weight"] * record["adversarial"]
         assert record["loss"] == pytest.approx(expected, rel=1e-4)
     checkpoints = {
         path.name: load_file(path / "training.safetensors") for path in (everything / "checkpoints").iterdir()
     }
-    first, last = (checkpoints[name]["opponent.model.trunk.0.weight"] for name in ("step-00000004", "step-00000006"))
+    first, last = (
+        checkpoints[name]["discriminator.model.trunk.0.weight"] for name in ("step-00000004", "step-00000006")
+    )
     assert (first != last).any()
-    assert checkpoints["step-00000006"]["opponent.optimizer.trunk.0.weight.step"] == 4
+    assert checkpoints["step-00000006"]["discriminator.optimizer.trunk.0.weight.step"] == 4
     assert records[-1]["gan_weight"] != pytest.approx(0.1)  # adaptive
 
 

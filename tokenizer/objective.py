@@ -18,7 +18,7 @@ from training.loop import Loop, StepLoss
 from training.model_state import AuxiliaryModel, call_frozen
 from training.schedule import Part
 
-DISCRIMINATOR, PRIOR = "opponent", "prior"  # names of the auxiliary models in checkpoints and logs
+DISCRIMINATOR, PRIOR = "discriminator", "prior"  # names of the auxiliary models in checkpoints and logs
 DISCRIMINATOR_BETAS = (0.5, 0.9)  # as Esser et al. (arXiv 2012.09841)
 
 

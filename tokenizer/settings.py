@@ -38,7 +38,7 @@ class DataConfig:
             raise InputError(f"{given} of data_dir and dataset given; give exactly one of --data-dir and --dataset")
         idle = [f.name for f in fields(self)[2:] if self.dataset is None and getattr(self, f.name) != f.default]
         if idle:
-            raise InputError(f"{idle[0]} is given, but it only says how to read --dataset; leave it away")
+            raise InputError(f"{idle[0]} is given, but it describes how to read --dataset; omit it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,14 +46,14 @@ class Checkpoints:
         """The newest state; its settings must be those of this run."""
         found = self.all()
         if not found:
-            raise InputError(f"nothing to resume in {self.folder}; leave --resume away to start anew")
+            raise InputError(f"nothing to resume in {self.folder}; omit --resume to start a new run")
         record = read_json(found[-1] / "training.json")
         then, now = _flat(record["settings"]), _flat(settings)
         for name, value in now.items():
             if name not in then:
                 raise InputError(
-                    f"{found[-1]} knows no {name}: it was trained with another version of this program; "
-                    "start anew in another output_dir"
+                    f"{found[-1]} has no setting {name}: it was trained with another version of this program; "
+                    "start a new run in another output_dir"
                 )
             if then[name] != value:
                 raise InputError(

@@ -65,9 +65,7 @@ def make_accelerator(config: LoopConfig, *, can_shard: bool = False) -> Accelera
     if accelerator.distributed_type == DistributedType.FSDP:
         _set_up_sharding(accelerator)
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise InputError(
-            "accelerate is set up for FSDP, which it knows for several processes with GPUs only; leave --use_fsdp out"
-        )
+        raise InputError("accelerate is set up for FSDP, which needs several processes with GPUs; omit --use_fsdp")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise InputError("accelerate is set up to compile with dynamo; launch it without, and give --compile true")
     return accelerator
@@ -111,7 +109,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 
 
 class Processes:
-    """What the processes of a run tell one another beside gradients; on the CPU, so that no GPU is waited for."""
+    """Communication between the processes of a run beside gradients; on the CPU, so that none waits for a GPU."""
 
     def __init__(self, accelerator: Accelerator):
         several = accelerator.num_processes > 1

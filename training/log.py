@@ -31,7 +31,7 @@ class JsonlLog:
         return {record["step"]: record["evaluation"] for record in self.records() if "evaluation" in record}
 
     def cut(self, step: int) -> None:
-        """Forget what came after a step; the run goes on from there."""
+        """Remove the records after a step, from which the run continues."""
         if self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
             write_text(self.path, "".join(kept))

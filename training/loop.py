@@ -1,13 +1,13 @@
-"""The training loop that both models share: optimizers, EMA, checkpoints, exact resume, one process or many."""
+"""The training loop that all models share: optimizers, EMA, checkpoints, exact resume, one process or many."""
 
+import copy
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from common.runtime import Interrupted, StopOnSignal, peak_memory_of_process
 from training.checkpoints import Checkpoints
 from training.distributed import Processes, whole
 from training.log import JsonlLog
-from training.model_state import EMA, AuxiliaryModel, ModelState, State, make_optimizer, shell_of
+from training.model_state import EMA, AuxiliaryModel, ModelState, State, make_optimizer
 from training.schedule import Part, StepPlan, StepSampler, learning_rate_at
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,8 @@ REPORT_EVERY = 20  # steps
 # settings that a resumed run may change; with other `steps` the schedule is the new one from there on
 MAY_CHANGE = frozenset(
     {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-    | {"data_dir", "tokens", "strict", "compile", "validation_images", "trackers", "init_from"}
-    | {"gradient_checkpointing", "loss_chunk", "micro_batch_size"}  # these trade time for memory
-    | {"save_dtype"}
+    | {"data_dir", "tokens", "tokenizer", "class_names", "strict", "compile", "validation_images", "trackers"}
+    | {"gradient_checkpointing", "micro_batch_size", "save_dtype", "init_from"}
     | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to get a run that went astray past that place
 )
 
@@ -74,7 +73,7 @@ class RunTasks:
 def check_output_dir(config: LoopConfig) -> None:
     """Refuse, by an `InputError`, to start a run in a folder with checkpoints unless `resume` is set."""
     if not config.resume and Checkpoints(config.output_dir, config.keep_checkpoints).all():
-        raise InputError(f"{config.output_dir} holds a run already; add --resume to go on, or choose another folder")
+        raise InputError(f"{config.output_dir} contains a run; add --resume to continue it, or choose another folder")
 
 
 class Loop:
@@ -109,9 +108,9 @@ class Loop:
         if not config.resume and accelerator.is_main_process:
             self.log.begin()
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        shell = shell_of(model) if accelerator.is_main_process else None
-        betas = (config.beta1, config.beta2)
-        self.main = self._prepare("", model, config.learning_rate, betas, config.weight_decay, rate_scales or {})
+        averaged = copy.deepcopy(model) if accelerator.is_main_process else None  # before it is wrapped or sharded
+        rate, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+        self.main = self._prepare("", model, rate, betas, decay, rate_scales or {})
         self.auxiliary: dict[str, ModelState] = {}
         self._scheduled_rates: dict[str, float] = {}  # peak learning rates of those that follow the schedule
         for name, extra in (auxiliary or {}).items():
@@ -119,8 +118,8 @@ class Loop:
             if extra.follows_schedule:
                 self._scheduled_rates[name] = extra.learning_rate
         self.average: EMA | None = None  # kept where it is looked at, or by all who hold a shard
-        if shell is not None or self.sharded:
-            self.average = EMA(shell, self.main.bare, config.ema_decay, sharded=self.sharded)
+        if averaged is not None or self.sharded:
+            self.average = EMA(averaged, self.main.bare, config.ema_decay, sharded=self.sharded)
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._loss = torch.zeros(())
@@ -155,12 +154,11 @@ class Loop:
         """The mean of `value` over all processes, without a gradient."""
         return torch.as_tensor(self.accelerator.reduce(value.detach().clone(), "mean"))
 
-    def _state(self) -> State:
-        for part in self._parts():
-            yield from part.state()
-
     def _parts(self) -> list[ModelState | EMA]:
         return [self.main, *([self.average] if self.average else []), *self.auxiliary.values()]
+
+    def _state(self) -> State:
+        return (entry for part in self._parts() for entry in part.state())
 
     @torch.no_grad()
     def _save(self) -> None:
@@ -184,7 +182,7 @@ class Loop:
     def _restore(self) -> None:
         self.step, state = self.checkpoints.load(self.settings)
         if self.step > self.config.steps:
-            raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give steps of that or more to go on")
+            raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give at least as many steps")
         everyone = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(everyone)) > 1:
             raise InputError(
@@ -235,7 +233,9 @@ class Loop:
             if self._processes.any(stop.requested):
                 self._check_health()
                 self._save()
-                logger.warning("stopped at step %d of %d, which is saved; --resume goes on", self.step, config.steps)
+                logger.warning(
+                    "stopped at step %d of %d, which is saved; continue with --resume", self.step, config.steps
+                )
             elif main:
                 tasks.finish()
             self._processes.wait()
@@ -337,8 +337,8 @@ class Loop:
     def _check_health(self) -> None:
         if not self.accelerator.reduce((~self._healthy).float(), "sum").item():
             return
-        saved: Sequence[Path] = self.checkpoints.all()
-        where = f"--resume goes on from {saved[-1]}" if saved else "there is no checkpoint yet, so start anew"
+        saved = self.checkpoints.all()
+        where = f"--resume continues from {saved[-1]}" if saved else "there is no checkpoint yet, so start again"
         raise InputError(
             f"a loss or a gradient has become infinite or NaN by step {self.step} (loss {self._loss.item():.4g}); "
             f"{where}; take a lower learning_rate or max_grad_norm"
@@ -346,5 +346,5 @@ class Loop:
 
     def _track(self, values: dict[str, Any]) -> None:
         if self.config.trackers:
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-            self.accelerator.log({k: v for k, v in numbers.items() if math.isfinite(v)}, step=self.step)
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+            self.accelerator.log(numbers, step=self.step)

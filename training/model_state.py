@@ -1,6 +1,5 @@
 """The models of a run, each with its optimizer, and the average of the main model's weights."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,20 +109,20 @@ class EMA:
     Where the weights are sharded so is the average, and `model` gets it when it is asked for.
 
     Args:
-        shell: a copy of the model that shows the average, in the main process at least; None elsewhere.
+        averaged: a copy of the model for the averaged weights, in the main process at least; None elsewhere.
         bare: the model under training.
         decay: the average's own share of itself at every update; 0 = always the last weights.
     """
 
-    def __init__(self, shell: nn.Module | None, bare: nn.Module, decay: float, *, sharded: bool):
-        self.shell, self.decay, self.sharded = shell, decay, sharded
+    def __init__(self, averaged: nn.Module | None, bare: nn.Module, decay: float, *, sharded: bool):
+        self.averaged, self.decay, self.sharded = averaged, decay, sharded
         self.updates = 0
         current = dict(bare.named_parameters())
-        if shell is not None:
-            shell.requires_grad_(False).eval()
-        if not sharded and shell is not None:
+        if averaged is not None:
+            averaged.requires_grad_(False).eval()
+        if not sharded and averaged is not None:
             device = next(iter(current.values())).device
-            self.weights: dict[str, Tensor] = dict(shell.to(device).named_parameters())
+            self.weights: dict[str, Tensor] = dict(averaged.to(device).named_parameters())
         else:
             self.weights = {name: parameter.detach().clone() for name, parameter in current.items()}
         self._parameters = current
@@ -134,32 +133,32 @@ class EMA:
         # a young average follows quickly, so that early evaluations show the model and not its start
         count = self.updates
         share = 1.0 if count == 0 else 1 - min(self.decay, (1 + count) / (10 + count))
-        averaged = [own_part(self.weights[name]) for name in self._parameters]
-        torch._foreach_lerp_(averaged, [own_part(parameter) for parameter in self._parameters.values()], share)
+        weights = [own_part(self.weights[name]) for name in self._parameters]
+        torch._foreach_lerp_(weights, [own_part(parameter) for parameter in self._parameters.values()], share)
         self.updates += 1
 
     @torch.no_grad()
     def model(self) -> Any:
         """The averaged model, to evaluate and export, on the device; all processes must call.
 
-        None in processes that have no shell.
+        None in processes without a copy.
         """
         if not self.sharded:
-            return self.shell
+            return self.averaged
         places: dict[str, Tensor] = {}
-        if self.shell is not None:
+        if self.averaged is not None:
             device = own_part(next(iter(self.weights.values()))).device
-            places = dict(self.shell.to(device).named_parameters())
+            places = dict(self.averaged.to(device).named_parameters())
         for name, value in self.weights.items():
             full = whole(value)
             if places:
                 places[name].copy_(full)
-        return self.shell
+        return self.averaged
 
     def release(self) -> None:
         """Give back the device memory that `model` took."""
-        if self.sharded and self.shell is not None:
-            self.shell.to("cpu")
+        if self.sharded and self.averaged is not None:
+            self.averaged.to("cpu")
 
     def state(self) -> State:
         """The average, as a checkpoint keeps it."""
@@ -172,8 +171,3 @@ class EMA:
         for name, value in self.weights.items():
             copy_into(value, state[f"ema.{name}"])
         self.updates = int(state["ema_updates"])
-
-
-def shell_of(model: nn.Module) -> nn.Module:
-    """A copy for `EMA`, to be made before the model is wrapped or sharded."""
-    return copy.deepcopy(model)

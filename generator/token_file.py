@@ -1,4 +1,4 @@
-"""The one owner of tokens.npz: what was drawn, and all that is needed to go on with it."""
+"""tokens.npz: tokens that were drawn, and all that is needed to continue them."""
 
 import json
 import zipfile
@@ -16,7 +16,7 @@ from generator.config import ChannelGPTConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class TokenFile:
     """Drawn tokens and what they were drawn from.
 
     In the file: tokens (n, k) uint16, num_tokens (n,), class_labels (n,), seeds (n,), the sampling
@@ -45,7 +45,7 @@ class Drawing:
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Drawing":
+    def load(cls, path: str | Path) -> "TokenFile":
         """Read a tokens.npz.
 
         Raises:
@@ -71,7 +71,7 @@ class Drawing:
         return drawing
 
     def check(self, path: str | Path, config: ChannelGPTConfig, fingerprint: str) -> None:
-        """Refuse a drawing that a model cannot go on with.
+        """Refuse a drawing that a model cannot continue.
 
         Raises:
             InputError: of another model, or with tokens, lengths or labels that this one does not have.
@@ -87,7 +87,7 @@ class Drawing:
             raise InputError(f"{path} holds rows of no tokens or too many; allowed are 1..{config.num_channels}")
         config.check_labels(self.class_labels)
 
-    def rows(self, rows: Sequence[int]) -> "Drawing":
+    def rows(self, rows: Sequence[int]) -> "TokenFile":
         """Some rows, in that order.
 
         Raises:
@@ -98,7 +98,7 @@ class Drawing:
                 raise InputError(f"row {row} is out of range; this drawing has 0..{len(self.seeds) - 1}")
         if len(set(rows)) < len(rows):
             raise InputError(f"rows names {max(rows, key=list(rows).count)} twice; name each once")
-        return Drawing(
+        return TokenFile(
             tokens=self.tokens[list(rows)],
             num_tokens=self.num_tokens[list(rows)],
             class_labels=[self.class_labels[row] for row in rows],
@@ -107,14 +107,14 @@ class Drawing:
             fingerprint=self.fingerprint,
         )
 
-    def with_rows(self, rows: Sequence[int], other: "Drawing") -> "Drawing":
+    def with_rows(self, rows: Sequence[int], other: "TokenFile") -> "TokenFile":
         """This drawing, its rows replaced by those of another; all else stays."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
         tokens = torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1]))
         num_tokens = self.num_tokens.clone()
         tokens[list(rows)] = torch.nn.functional.pad(other.tokens, (0, width - other.tokens.shape[1]))
         num_tokens[list(rows)] = other.num_tokens
-        return Drawing(
+        return TokenFile(
             tokens=tokens,
             num_tokens=num_tokens,
             class_labels=self.class_labels,
