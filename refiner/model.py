@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.saved_model import SavedModel
 from refiner.config import RefinerConfig
 
-OUTPUT_MAPS = 16  # feature maps at full resolution before the last convolution, which joins the patches
+TRUNK_MAPS, PIXEL_MAPS = 16, 32  # feature maps at full resolution, from the transformer and of the pixel head
 LEAST_LEFT = 0.05  # of the time to the end of the flow, in the velocity
 
 
@@ -56,6 +56,31 @@ class Block(nn.Module):
         return result
 
 
+class PixelHead(nn.Module):
+    """Convolutions at full resolution that turn what the transformer found into pixels.
+
+    They see the noisy point and the decoded image themselves, so that the transformer need not pass on every pixel (as
+    in Ma et al., 2025, DeCo, section 3): they remove noise, and join patches.
+    """
+
+    def __init__(self, inputs: int, embedding_size: int):
+        super().__init__()
+        self.inward = nn.Conv2d(inputs, PIXEL_MAPS, 3, padding=1)
+        self.modulation = nn.Linear(embedding_size, 2 * PIXEL_MAPS)
+        self.middle = nn.ModuleList(
+            nn.Conv2d(PIXEL_MAPS, PIXEL_MAPS, 3, padding=dilation, dilation=dilation) for dilation in (2, 1)
+        )
+        self.outward = nn.Conv2d(PIXEL_MAPS, 3, 3, padding=1)
+
+    def forward(self, maps: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)  # b f 1 1
+        hidden = self.inward(maps) * (1 + scale) + shift  # b f H W
+        for layer in self.middle:
+            hidden = hidden + layer(F.silu(hidden))  # b f H W
+        pixels: Tensor = self.outward(F.silu(hidden))  # b 3 H W
+        return pixels
+
+
 class Refiner(SavedModel):
     """Transformer over patches that predicts a velocity, from a point of the flow and the decoded image of k tokens.
 
@@ -79,8 +104,8 @@ class Refiner(SavedModel):
         self.blocks = nn.ModuleList(Block(width, config.heads, side) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, OUTPUT_MAPS * patch**2)
-        self.join = nn.Conv2d(OUTPUT_MAPS, 3, 3, padding=1)
+        self.head = nn.Linear(width, TRUNK_MAPS * patch**2)
+        self.pixels = PixelHead(TRUNK_MAPS + 6, width)
         if self.head.weight.device.type != "meta":
             self._initialize()
 
@@ -89,7 +114,7 @@ class Refiner(SavedModel):
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.class_vectors.weight, std=0.5)
         layers: list[Any] = [module.modulation for module in self.modules() if isinstance(module, Block)]
-        for layer in (*layers, self.modulation, self.join):
+        for layer in (*layers, self.modulation, self.pixels.modulation, self.pixels.outward):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -110,12 +135,14 @@ class Refiner(SavedModel):
         share = torch.log(num_tokens.float()) / math.log(max(config.num_channels, 2))  # b
         where = torch.cat([sinusoids(part, config.width) for part in (time, share)], dim=1)  # b 2d
         embedding = F.silu(self.embed(where.to(self.dtype)) + self.class_vectors(class_labels))  # b d
-        patches = F.pixel_unshuffle(torch.cat([point, decoded], dim=1).to(self.dtype), config.patch_size)
+        inputs = torch.cat([point, decoded], dim=1).to(self.dtype)  # b 6 H W
+        patches = F.pixel_unshuffle(inputs, config.patch_size)  # b (6 p p) h w
         hidden = self.stem(rearrange(patches, "b c h w -> b (h w) c")) + self.positions  # b s d
         for block in self.blocks:
             hidden = block(hidden, embedding)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # b 1 d
         hidden = self.head(self.norm(hidden) * (1 + scale) + shift)  # b s (16 p p)
         maps = rearrange(hidden, "b (h w) c -> b c h w", h=patches.shape[2])
-        end: Tensor = self.join(F.pixel_shuffle(maps, config.patch_size)).float()  # b 3 H W
+        maps = torch.cat([F.pixel_shuffle(maps, config.patch_size).to(inputs.dtype), inputs], dim=1)  # b 22 H W
+        end: Tensor = self.pixels(maps.contiguous(memory_format=torch.channels_last), embedding).float()  # b 3 H W
         return (end - point) / (1 - time.float()).clamp(min=LEAST_LEFT)[:, None, None, None]
