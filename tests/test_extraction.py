@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ScriptRunner
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
-from tiny_store import header
 
-from common.errors import InputError
 from generator import tokens as store_side
-from generator.token_data import TokenDataset
 from generator.tokens import TokenStore
-from generator.verification import Verified, describe
 from tokenizer import ChannelTokenizer, extraction
 
 
@@ -229,39 +224,11 @@ def verified(scripts: ScriptRunner, store: Path) -> tuple[int, list[str]]:
 
 
 def test_a_sound_store_is_described(scripts: ScriptRunner, whole: Path) -> None:
-    code, lines = verified(scripts, whole)
-    assert code == 0
-    assert lines == [
-        "train: 11 images in 2 views, each 16 tokens of 6 bits; 1 unreadable files left out",
-        "  class 0 (n01): 4 images",
-        "  class 1 (n02): 3 images",
-        "  class 2 (n03): 4 images",
-        "val: 5 images in 1 view, each 16 tokens of 6 bits; 1 unreadable files left out",
-        "  class 0 (n01): 2 images",
-        "  class 1 (n02): 2 images",
-        "  class 2 (n03): 1 images",
+    assert verified(scripts, whole) == (0, [
+        "train: 11 images, 3 to 4 a class, each of 2 x 16 tokens; 1 unreadable files left out",
+        "val: 5 images, 1 to 2 a class, each of 1 x 16 tokens; 1 unreadable files left out",
         f"{whole}: no problem found",
-    ]
-
-
-def test_many_classes_are_described_in_ranges() -> None:
-    names = [f"n{i}" for i in range(95)]
-    images = np.arange(95) * 30
-    images[[3, 50]] = 0
-
-    def described(train: NDArray[np.int64], val: NDArray[np.int64]) -> list[str]:
-        found = Verified(problems=[], images={"train": train, "val": val}, left_out={"train": 1200, "val": 0})
-        return describe(header(class_names=names), found)
-
-    lines = described(images, images * 0)
-    assert lines[0].startswith("train: 132,360 images in 2 views")
-    assert lines[0].endswith("; 1,200 unreadable files left out")
-    assert lines[1] == "  classes 0 to 9: 1,260 images, 0 to 270 a class"
-    assert lines[10] == "  classes 90 to 94: 13,800 images, 2,700 to 2,820 a class"
-    assert lines[11] == "  classes without images: 3: 0 (n0), 3 (n3), 50 (n50)"
-    assert lines[-1] == "  classes without images: 95: " + ", ".join(f"{i} (n{i})" for i in range(10)) + ", ..."
-    assert len(lines) == 2 * 12
-    assert described(images + 1, images)[11] == "  classes without images: 0"
+    ])  # fmt: skip
 
 
 def flip_bit(path: Path) -> None:
@@ -270,7 +237,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_every_problem_is_reported_and_found_by_the_reader(
+def test_every_problem_is_reported(
     scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     store, other = tmp_path / "store", tmp_path / "other"
@@ -301,32 +268,20 @@ def test_every_problem_is_reported_and_found_by_the_reader(
     assert f"{store}: problems found: 5" in lines[-1]
     assert lines[0].startswith("train: 5 images")  # of the three shards that are sound
 
-    with pytest.raises(InputError, match=r"1 of 3 val shards"):
-        TokenStore.open(store)
-    shutil.copy(whole / "val-00001.json", store)
-    with pytest.raises(InputError, match=r"train-00005\.json is of the tokenizer"):
-        TokenStore.open(store)
-    for path in whole.glob("train-00005.*"):
-        shutil.copy(path, store)
-    dataset = TokenDataset(TokenStore.open(store), "train", 0)
-    dataset.__getitems__([(0, 0), (1, 0)])
-    with pytest.raises(InputError, match=r"train-00001\.tokens\.npy is missing or damaged"):
-        dataset.__getitems__([(2, 0)])
-
 
 def test_a_missing_or_another_tokenizer_in_the_store_is_reported(
     scripts: ScriptRunner, tiny_tokenizer: ChannelTokenizer, pipeline_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(whole, store)
-    shutil.rmtree(store / "tokenizer")
-    code, lines = verified(scripts, store)
-    assert code == 2
-    assert "tokenizer" in lines[-2]
-    shutil.copytree(pipeline_folder / "tokenizer", store / "tokenizer")
-    code, lines = verified(scripts, store)
-    assert code == 2
-    assert f"is the tokenizer {tiny_tokenizer.token_fingerprint()}" in lines[-2]
+    for named in ("tokenizer", f"is the tokenizer {tiny_tokenizer.token_fingerprint()}"):
+        shutil.rmtree(store / "tokenizer")
+        if named != "tokenizer":
+            shutil.copytree(pipeline_folder / "tokenizer", store / "tokenizer")
+        code, lines = verified(scripts, store)
+        assert code == 2
+        assert named in lines[-2]
+        (store / "tokenizer").mkdir(exist_ok=True)
     assert "problems found: 1" in lines[-1]
 
 
