@@ -30,26 +30,20 @@ def check(folder: str) -> None:
     Raises:
         InputError: there are problems.
     """
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
     from generator.tokens import TokenStore, verify
     from tokenizer.tokenizer import ChannelTokenizer
 
     store = TokenStore(folder, TokenStore.peek(folder))
-    header = store.header
-    with logging_redirect_tqdm():
-        content, problems = verify(store)
+    content, problems = verify(store)
     try:
-        tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
+        made = ChannelTokenizer.from_pretrained(store.tokenizer_folder).token_fingerprint()
     except InputError as error:
         problems.append(str(error))
     else:
-        made = (tokenizer.token_fingerprint(), tokenizer.config.num_channels, tokenizer.config.num_bits)
-        wanted = (header.tokenizer_fingerprint, header.num_channels, header.num_bits)
-        if made != wanted:
+        if made != store.header.tokenizer_fingerprint:
             problems.append(
-                f"{store.tokenizer_folder} is the tokenizer {made[0]} ({made[1]} tokens of {made[2]} bits), the store "
-                f"is of {wanted[0]} ({wanted[1]} tokens of {wanted[2]} bits); restore the one that made it"
+                f"{store.tokenizer_folder} is the tokenizer {made}, the store is of "
+                f"{store.header.tokenizer_fingerprint}; restore the one that made it"
             )
     for line in content:
         logger.info("%s", line)
