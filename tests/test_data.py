@@ -340,13 +340,6 @@ def test_flips_and_crops_are_those_that_the_same_random_numbers_choose(folder):
     assert flips == {True, False}
 
 
-# scripts
-
-
-def script_environment(hub):
-    return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(hub.config.HF_DATASETS_CACHE)!r}"
-
-
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_tokens_of_a_data_set_are_those_of_its_images(
     scripts, hub, kind, request, pipeline_folder, tiny_tokenizer, tmp_path
@@ -356,8 +349,9 @@ def test_tokens_of_a_data_set_are_those_of_its_images(
     names.write_text(json.dumps({"hen": "hen, a bird", "4": "four"}))
     words = ("--tokenizer", pipeline_folder / "tokenizer", "--dataset", place, "--output-dir", tmp_path / "store")
     words = (*words, "--class-names", names, "--shard-size", 5)
+    cache = f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(hub.config.HF_DATASETS_CACHE)!r}"
     for _ in range(2):  # the second time nothing is left to do
-        done = scripts("extract_tokens.py", *words, before=script_environment(hub))
+        done = scripts("extract_tokens.py", *words, before=cache)
         assert done.code == 0, done.err
     store = TokenStore.open(tmp_path / "store")
     source = open_source(DataConfig(dataset=str(place)), "train")
@@ -369,19 +363,3 @@ def test_tokens_of_a_data_set_are_those_of_its_images(
     tokens, labels = store.read_shard("train", 0)
     assert np.array_equal(tokens[:, 0], tiny_tokenizer.tokenize(to_float(images)))
     assert labels.tolist() == [source.label(i) for i in (0, 1, 2, 4)]
-
-
-def test_a_tokenizer_is_trained_on_tars_and_a_run_resumed(scripts, hub, tars, tmp_path):
-    flags = [
-        *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4, "--encoder-widths", 32, 32),
-        *("--decoder-widths", 32, "--steps", 4, "--batch-size", 4, "--entropy-group-bits", 4, "--checkpoint-every", 2),
-        *("--dataset", tars, "--output-dir", tmp_path / "run", "--min-crop", 0.5, "--mixed-precision", "no"),
-        *("--perceptual", "none"),
-    ]
-    done = scripts("train_tokenizer.py", *flags, before=script_environment(hub))
-    assert done.code == 0, done.err
-    for split in ("train", "validation"):
-        assert done.err.count(f"skipped unreadable image {tars}/{split} row 3") == 1
-    done = scripts("train_tokenizer.py", *flags, "--resume", "--min-crop", 0.7, before=script_environment(hub))
-    assert done.code == 2
-    assert "with augmentation.min_crop = " in done.err
