@@ -95,10 +95,12 @@ def test_images_are_rotated_by_their_exif_orientation(orientation, expected):
 
 
 def test_a_damaged_exif_note_does_not_make_an_image_unreadable():
-    content = content_of(quarters(), "JPEG")
-    for note in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 60):
-        segment = b"\xff\xe1" + (len(note) + 2).to_bytes(2, "big") + note
-        assert near(load_image(content[:2] + segment + content[2:], 32), [RED, GREEN, BLUE, WHITE], tolerance=40)
+    exif = Image.Exif()
+    exif[0x112], exif[0x131], exif[0x8769] = 6, "prog", {0x9003: "2020", 0x829A: (1, 3)}
+    content = content_of(quarters(), "JPEG", exif=exif)
+    text, floats = b"\x01\x31\x00\x02", b"\x01\x31\x00\x0b"  # Pillow fails to write this note again
+    assert text in content
+    assert near(load_image(content.replace(text, floats), 32), [BLUE, RED, WHITE, GREEN], tolerance=40)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (32, 96), (20, 16), (1, 5000)])

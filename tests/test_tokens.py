@@ -40,14 +40,14 @@ def test_what_is_written_is_read(store: TokenStore) -> None:
 
 
 def test_the_format_is_that_of_existing_stores(tmp_path: Path) -> None:
-    store = TokenStore.create(tmp_path, header(num_bits=16, views="none", split_files={"train": 1, "val": 1}))
+    store = TokenStore.create(tmp_path, header(num_bits=16, views="none", split_files={"train": 2, "val": 1}))
     tokens = torch.tensor([[[0, 65535, 32768, 1]], [[5, 6, 7, 8]]]).permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    store.write_shard("train", 0, tokens[:1], torch.tensor([2]), [])
+    store.write_shard("train", 0, tokens, torch.tensor([2, 0]), [])
     data = (tmp_path / "train-00000.tokens.npy").read_bytes()
-    assert (len(data), data[128:]) == (128 + 8, b"\0\0\xff\xff\0\x80\1\0")
+    assert (len(data), data[128:]) == (128 + 16, b"\0\0\xff\xff\0\x80\1\0\5\0\6\0\7\0\10\0")
     names = {"tokens": "train-00000.tokens.npy", "labels": "train-00000.labels.npy"}
     sums = {name: hashlib.sha256((tmp_path / path).read_bytes()).hexdigest() for name, path in names.items()}
-    expected = {"rows": 1, "left_out": [], "tokenizer_fingerprint": "0123456789abcdef", **sums}
+    expected = {"rows": 2, "left_out": [], "tokenizer_fingerprint": "0123456789abcdef", **sums}
     assert json.loads((tmp_path / "train-00000.json").read_text()) == expected
     assert json.loads((tmp_path / "store.json").read_text()) == dataclasses.asdict(store.header)
     assert store.header.version == 2
