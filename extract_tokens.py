@@ -1,4 +1,4 @@
-"""Turn images into a token store with a trained tokenizer, or check one with --verify alone: see docs/training.md."""
+"""Turn images into a token store with a trained tokenizer, or check one with --verify: see docs/training.md."""
 
 import logging
 from pathlib import Path
@@ -25,31 +25,27 @@ def main() -> None:
 
 
 def check(folder: str) -> None:
-    """Report the content of a store and its problems."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
+    """Report the content of a store and its problems.
 
-    from generator.tokens import TokenStore
-    from generator.verification import describe, verify
+    Raises:
+        InputError: there are problems.
+    """
+    from generator.tokens import TokenStore, verify
     from tokenizer.tokenizer import ChannelTokenizer
 
     store = TokenStore(folder, TokenStore.peek(folder))
-    header = store.header
-    with logging_redirect_tqdm():
-        found = verify(store)
-    problems = list(found.problems)
+    content, problems = verify(store)
     try:
-        tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
+        made = ChannelTokenizer.from_pretrained(store.tokenizer_folder).token_fingerprint()
     except InputError as error:
         problems.append(str(error))
     else:
-        made = (tokenizer.token_fingerprint(), tokenizer.config.num_channels, tokenizer.config.num_bits)
-        wanted = (header.tokenizer_fingerprint, header.num_channels, header.num_bits)
-        if made != wanted:
+        if made != store.header.tokenizer_fingerprint:
             problems.append(
-                f"{store.tokenizer_folder} is the tokenizer {made[0]} ({made[1]} tokens of {made[2]} bits), the store "
-                f"is of {wanted[0]} ({wanted[1]} tokens of {wanted[2]} bits); put back the one that made it"
+                f"{store.tokenizer_folder} is the tokenizer {made}, the store is of "
+                f"{store.header.tokenizer_fingerprint}; restore the one that made it"
             )
-    for line in describe(header, found):
+    for line in content:
         logger.info("%s", line)
     for problem in problems:
         logger.warning("%s", problem)
@@ -75,20 +71,18 @@ def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Team") ->
     from generator.tokens import StoreHeader, TokenStore
     from tokenizer.data import UnreadableFiles
     from tokenizer.extraction import VIEWS, exact_dtype, tokenize_files
-    from tokenizer.sources import SPLITS, open_source
+    from tokenizer.sources import SPLITS, check_same_classes, open_source
     from tokenizer.tokenizer import ChannelTokenizer
 
     sources = {split: open_source(data, split) for split in SPLITS}
-    train, val = sources["train"], sources["val"]
-    if train.classes != val.classes:
-        raise InputError(f"{train.name} and {val.name} hold different classes; they must be the same")
+    check_same_classes(sources["train"], sources["val"])
     names = read_json(config.class_names) if config.class_names else {}
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
     header = StoreHeader(
         tokenizer_fingerprint=tokenizer.token_fingerprint(),
         num_channels=tokenizer.config.num_channels,
         num_bits=tokenizer.config.num_bits,
-        class_names=[str(names.get(name, name)) for name in train.classes],
+        class_names=[str(names.get(name, name)) for name in sources["train"].classes],
         views=config.views,
         shard_size=config.shard_size,
         split_files={split: len(source) for split, source in sources.items()},
@@ -101,7 +95,7 @@ def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Team") ->
     workers.wait()
     move(tokenizer, workers.device)
     unreadable = UnreadableFiles(config.strict)
-    # assigned before looking which exist, so that the assignment does not depend on what others have written
+    # assigned before those that exist are skipped, so that the assignment does not depend on other processes
     own = header.shards()[workers.index :: workers.count]
     for split, shard in tqdm(own, unit="shard", disable=not workers.is_main):
         if store.has_shard(split, shard):

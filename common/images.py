@@ -1,21 +1,26 @@
-"""The one place where image files, bytes 0..255 and floats in [-1, 1] become one another."""
+"""Image files, bytes 0..255 and floats in [-1, 1], and the conversions between them."""
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from common.checkpoint import written_whole
-from common.image_files import decode, read_file
+
+# none of these decoders starts another program, as Pillow's EPS decoder does
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded: its name and the reason, both printable and on one line."""
+    """An image that cannot be decoded: name and reason, both printable and on one line."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -27,10 +32,10 @@ class UnreadableImageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A square part of a picture.
+    """A square part of an image.
 
-    share: its side as a share of the picture's shorter side, in (0, 1].
-    across, down: where it lies, each in [0, 1]: 0 is the left or upper edge, 1 the other, 0.5 the middle.
+    share: its side as a share of the shorter side of the image, in (0, 1].
+    across, down: its position, each in [0, 1]: 0 is the left or upper edge, 1 the other one, 0.5 the middle.
     """
 
     share: float = 1.0
@@ -42,7 +47,7 @@ MIDDLE_SQUARE = Crop()
 
 
 def _printable(text: str) -> str:
-    # a file's name or content may hold line breaks, terminal codes, or bytes that are no text at all
+    # file names and contents may hold line breaks, terminal codes, or bytes that are not text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -56,28 +61,54 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_image(source: str | Path | bytes, size: int, crop: Crop = MIDDLE_SQUARE, name: str | None = None) -> Tensor:
-    """Read an image as bytes (3, size, size) uint8, RGB.
+def decode_image(source: str | Path | bytes) -> Image.Image:
+    """Decode a file, or the content of one, as an upright RGB image; of an animation the first frame.
 
-    Turned as its EXIF note says, cut to a square and scaled; `common.image_files.decode` tells what is done
-    about transparency, other colour modes and animations. The kind of file is told by its content, not its name.
-
-    Args:
-        source: a file's path, or its content.
-        size: pixels of a side.
-        crop: the part to keep.
-        name: what an error calls the image; None takes the path.
+    The format follows from the content, not from the file name. EXIF orientation is applied, transparency and
+    colour profiles are not; 16-bit grey is scaled to 8 bits. Memory is bounded by `Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        UnreadableImageError: not an image, damaged, cut short, or too large to be meant; nothing else
-            is raised, whatever the file holds.
+        Exception: of any class that Pillow raises on malformed content.
+    """
+    if not isinstance(source, bytes) and not Path(source).is_file():  # to open a pipe would block
+        raise ValueError("missing, or not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        except UnidentifiedImageError as error:  # its own message holds a memory address
+            raise ValueError(f"not an image, or its header is damaged; read are {', '.join(FORMATS)}") from error
+        with image:
+            image.load()
+            with suppress(Exception):  # a damaged EXIF note does not make the image unreadable
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F":
+                raise ValueError("its pixels are floats, whose range is not defined; convert it to 8 bits")
+            if image.mode.startswith("I"):  # Pillow would clip 16 bits to 0..255
+                return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+
+
+def load_image(source: str | Path | bytes, size: int, crop: Crop = MIDDLE_SQUARE, name: str | None = None) -> Tensor:
+    """Read an image with `decode_image`, cut it to a square and scale it: (3, size, size) uint8, RGB.
+
+    Args:
+        source: path of a file, or its content.
+        size: pixels of a side.
+        crop: the part to keep.
+        name: name of the image in errors; None uses the path.
+
+    Raises:
+        UnreadableImageError: not an image, damaged, cut short, or of more than `Image.MAX_IMAGE_PIXELS` pixels;
+            nothing else is raised, whatever the file holds.
     """
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        image = decode(source if isinstance(source, bytes) else read_file(Path(source)))
+        image = decode_image(source)
     except Exception as error:
-        # Pillow's plugins raise what their code happens to run into: KeyError, struct.error, MemoryError, ...
+        # Pillow's plugins raise whatever their code runs into: KeyError, struct.error, MemoryError, ...
         raise UnreadableImageError(name, str(error) or type(error).__name__) from error
     side = min(image.size) * crop.share
     left, upper = (image.width - side) * crop.across, (image.height - side) * crop.down
@@ -104,13 +135,13 @@ def captioned_table(
     column_labels: Sequence[str] = (),
     min_side: int = 96,
 ) -> Image.Image:
-    """Lay pictures out as a labelled table.
+    """Arrange images in a labelled table.
 
     Args:
-        rows: pictures, all of one size; rows may differ in length, and None leaves a place empty.
+        rows: images, all of one size; rows may differ in length, and None is an empty cell.
         row_labels: a caption to the left of each row; empty for none.
         column_labels: a caption above each column; empty for none.
-        min_side: small pictures are enlarged by a whole factor until a side has about this many pixels.
+        min_side: small images are enlarged by an integer factor until a side has about this many pixels.
     """
     width, height = next(picture.size for row in rows for picture in row if picture)
     factor = max(1, round(min_side / height))

@@ -1,32 +1,32 @@
-"""The token store: the one place that knows its files.
+"""The token store: the one module that reads and writes its files.
 
-    store.json              what it holds: tokenizer fingerprint, sizes, class names, views, splits
+    store.json              header: fingerprint of the tokenizer, sizes, class names, views, splits
     tokenizer/              the tokenizer that made it
     train-00000.tokens.npy  (rows, views, C) uint16
     train-00000.labels.npy  (rows,) int64
-    train-00000.json        rows, checksums, tokenizer, files left out; it comes last, so a shard that has it is whole
+    train-00000.json        rows, checksums, fingerprint, unreadable files; written last, so a shard with it is complete
 
-A shard covers a fixed range of the split's files, so any shard can be written, or written again, alone.
+A shard covers a fixed range of the split's files, so each shard can be written, or written again, alone.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from io import FileIO
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from tqdm import tqdm
 
 from common.checkpoint import read_json, write_text, written_whole
 from common.errors import InputError
-from generator.shards import ShardArray, ShardRecord, array_problem, checksum_of
 
 VERSION = 2
-VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # how many token sequences each image of train has
+VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # token sequences of each image of train
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 MAX_BITS = 16  # tokens are stored as uint16
@@ -34,10 +34,10 @@ MAX_BITS = 16  # tokens are stored as uint16
 
 @dataclass(frozen=True, kw_only=True)
 class StoreHeader:
-    """What a token store holds. Every shard of it was made with exactly these settings.
+    """Settings that all shards of a token store share.
 
-    split_files and listings give, for each split, the number of image files and the fingerprint of
-    their listing; shard_size is the number of files that a shard covers.
+    split_files and listings: for each split the number of image files and the fingerprint of their listing.
+    shard_size: number of files that a shard covers.
     """
 
     tokenizer_fingerprint: str
@@ -48,7 +48,7 @@ class StoreHeader:
     shard_size: int
     split_files: dict[str, int]
     listings: dict[str, str]
-    version: int = field(default=VERSION)
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -61,7 +61,7 @@ class StoreHeader:
             raise InputError(f"num_bits is {self.num_bits}; a token store holds tokens of 1 to {MAX_BITS} bits")
 
     def num_views(self, split: str) -> int:
-        """Token sequences stored for each image; val holds the image as it is, and nothing else."""
+        """Token sequences of each image; val has one, of the unchanged image."""
         return VIEWS[self.views] if split == "train" else 1
 
     @property
@@ -75,7 +75,7 @@ class StoreHeader:
         return int(2**self.num_bits)
 
     def num_shards(self, split: str) -> int:
-        """How many shards the split has when it is complete."""
+        """Shards of the complete split."""
         return -(-self.split_files[split] // self.shard_size)
 
     def shards(self) -> list[tuple[Split, int]]:
@@ -83,9 +83,20 @@ class StoreHeader:
         return [(split, shard) for split in SPLITS for shard in range(self.num_shards(split))]
 
     def shard_files(self, split: str, shard: int) -> range:
-        """The files that a shard covers, by their place in the split."""
+        """Files that a shard covers, by their place in the split."""
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.split_files[split]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """Content of a shard's JSON file; tokens and labels are the sha256 of the two arrays' files."""
+
+    rows: int
+    left_out: list[str]
+    tokenizer_fingerprint: str
+    tokens: str
+    labels: str
 
 
 class TokenStore:
@@ -94,27 +105,25 @@ class TokenStore:
     def __init__(self, folder: str | Path, header: StoreHeader):
         self.folder = Path(folder)
         self.header = header
-        self._records: dict[tuple[str, int], ShardRecord] = {}
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer that made the store lies."""
+        """Folder of the tokenizer that made the store."""
         return self.folder / "tokenizer"
 
     @classmethod
     def create(cls, folder: str | Path, header: StoreHeader, write: bool = True) -> Self:
-        """Start a store, or continue one that was begun with the same settings.
+        """Start a store, or continue one with the same settings.
 
         Args:
-            folder: the store's.
+            folder: of the store.
             header: the settings.
-            write: whether this process may write; of several that work together only one does.
+            write: whether this process may write; only one of several processes does.
 
         Raises:
             InputError: the folder holds a store of another tokenizer, or of other images or settings.
         """
-        folder = Path(folder)
-        path = folder / "store.json"
+        folder, path = Path(folder), Path(folder) / "store.json"
         if path.exists():
             there, wanted = asdict(cls.peek(folder)), asdict(header)
             for name in wanted:
@@ -126,48 +135,46 @@ class TokenStore:
         if write:
             for abandoned in folder.glob(".*.partial"):  # by processes that were killed while they wrote
                 shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink()
-        if write and not path.exists():
-            write_text(path, json.dumps(asdict(header), indent=1))
+            if not path.exists():
+                write_text(path, json.dumps(asdict(header), indent=1))
         return cls(folder, header)
 
     @staticmethod
     def peek(folder: str | Path) -> StoreHeader:
-        """Read what a store holds, complete or not."""
+        """Read the header of a store, complete or not.
+
+        Raises:
+            InputError: no header, or a damaged one.
+        """
         content = read_json(Path(folder) / "store.json")
         try:
             return StoreHeader(**content)
         except TypeError as error:
-            raise InputError(
-                f"{folder}/store.json is not a token store's ({error}); extract the tokens again"
-            ) from error
+            raise InputError(f"{folder}/store.json is not of a token store ({error}); extract again") from error
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         """Open a complete store.
 
         Raises:
-            InputError: no store, one that is not complete, or a shard of another tokenizer or of other files.
+            InputError: no store, an incomplete one, or a shard of another tokenizer or of other files.
         """
         store = cls(folder, cls.peek(folder))
-        for split in SPLITS:
-            if missing := store.missing(split):
-                raise InputError(
-                    f"{folder} is not complete: {len(missing)} of {store.header.num_shards(split)} {split} shards "
-                    "are missing; run extract_tokens.py again, it goes on where it stopped"
-                )
-        for split, shard in store.header.shards():
+        shards = store.header.shards()
+        if missing := sum(not store.has_shard(split, shard) for split, shard in shards):
+            raise InputError(
+                f"{folder} is not complete: {missing} of {len(shards)} shards are missing; "
+                "run extract_tokens.py again to continue"
+            )
+        for split, shard in shards:
             store.record(split, shard)
         return store
 
     def _path(self, split: str, shard: int, ending: str) -> Path:
         return self.folder / f"{split}-{shard:05d}.{ending}"
 
-    def missing(self, split: str) -> list[int]:
-        """The shards of a split that are not there."""
-        return [shard for shard in range(self.header.num_shards(split)) if not self.has_shard(split, shard)]
-
     def has_shard(self, split: str, shard: int) -> bool:
-        """Whether a shard is there, whole."""
+        """Whether a shard was written completely."""
         return self._path(split, shard, "json").is_file()
 
     def left_out(self) -> list[str]:
@@ -175,48 +182,34 @@ class TokenStore:
         return [line for split, shard in self.header.shards() for line in self.record(split, shard).left_out]
 
     def record(self, split: str, shard: int) -> ShardRecord:
-        """What a shard's JSON file says; read once.
+        """Read a shard's JSON file.
 
         Raises:
             InputError: it is missing or damaged, is of another tokenizer, or does not account for the shard's files.
         """
-        if (split, shard) not in self._records:
-            self._records[split, shard] = self._read_record(split, shard)
-        return self._records[split, shard]
-
-    def _read_record(self, split: str, shard: int) -> ShardRecord:
-        path = self._path(split, shard, "json")
+        files, expected = len(self.header.shard_files(split, shard)), self.header.tokenizer_fingerprint
         try:
-            record = ShardRecord(**read_json(path))
-            files, found = len(self.header.shard_files(split, shard)), record.rows + len(record.left_out)
+            record = ShardRecord(**read_json(self._path(split, shard, "json")))
+            found = record.rows + len(record.left_out)
         except TypeError as error:
-            raise InputError(f"{path} is not a shard's ({error}); {self._remedy(split, shard)}") from error
-        if record.tokenizer_fingerprint != self.header.tokenizer_fingerprint:
-            raise InputError(
-                f"{path} is of the tokenizer {record.tokenizer_fingerprint}, the store is of "
-                f"{self.header.tokenizer_fingerprint}; {self._remedy(split, shard)}"
-            )
-        if found != files or type(record.rows) is not int or record.rows < 0:
-            raise InputError(
-                f"{path} tells of {record.rows} rows and {len(record.left_out)} files left out, but the shard covers "
-                f"{files} files; {self._remedy(split, shard)}"
-            )
+            raise self._refusal(split, shard, "json", f"is not a shard's ({error})") from error
+        if record.tokenizer_fingerprint != expected:
+            problem = f"is of the tokenizer {record.tokenizer_fingerprint}, the store is of {expected}"
+            raise self._refusal(split, shard, "json", problem)
+        if found != files:
+            problem = f"has {record.rows} rows and {len(record.left_out)} files left out, but covers {files} files"
+            raise self._refusal(split, shard, "json", problem)
         return record
 
-    def _remedy(self, split: str, shard: int) -> str:
-        name = self._path(split, shard, "json").name
-        return f"remove {name} and run extract_tokens.py again to write this shard anew"
+    def _refusal(self, split: str, shard: int, ending: str, problem: str) -> InputError:
+        remedy = f"remove {split}-{shard:05d}.json and run extract_tokens.py again to write this shard again"
+        return InputError(f"{self._path(split, shard, ending)} {problem}; {remedy}")
 
-    def _arrays(self, split: str, rows: int) -> tuple[ShardArray, ShardArray]:
+    def _arrays(self, split: str, rows: int) -> dict[str, tuple[tuple[int, ...], type[np.generic], int]]:
+        """Shape, number format and limit of each array of a shard; its values are in [0, limit)."""
         header = self.header
         shape = (rows, header.num_views(split), header.num_channels)
-        tokens = ShardArray(
-            name="tokens", shape=shape, dtype=np.uint16, limit=header.codebook_size, values="tokens beyond the codebook"
-        )
-        labels = ShardArray(
-            name="labels", shape=(rows,), dtype=np.int64, limit=header.num_classes, values="labels outside the classes"
-        )
-        return tokens, labels
+        return {"tokens": (shape, np.uint16, header.codebook_size), "labels": ((rows,), np.int64, header.num_classes)}
 
     def write_shard(self, split: str, shard: int, tokens: Tensor, labels: Tensor, left_out: Sequence[str]) -> None:
         """Write one shard.
@@ -231,61 +224,77 @@ class TokenStore:
         Raises:
             InputError: shapes or values other than these.
         """
-        record: dict[str, Any] = {
-            "rows": len(labels),
-            "left_out": list(left_out),
-            "tokenizer_fingerprint": self.header.tokenizer_fingerprint,
-        }
-        arrays = list(zip(self._arrays(split, len(labels)), (tokens, labels), strict=True))
-        for expected, array in arrays:
-            if array.shape != expected.shape:
-                raise InputError(f"{expected.name} of a shard are {tuple(array.shape)}; {expected.shape} was expected")
-            if array.numel() and not 0 <= int(array.min()) <= int(array.max()) < expected.limit:
-                raise InputError(f"{split} shard {shard} was to hold {expected.values}, 0 to {expected.limit - 1}")
-        for expected, array in arrays:
-            path = self._path(split, shard, f"{expected.name}.npy")
+        fingerprint = self.header.tokenizer_fingerprint
+        record = {"rows": len(labels), "left_out": list(left_out), "tokenizer_fingerprint": fingerprint}
+        arrays: dict[str, npt.NDArray[Any]] = {"tokens": tokens.cpu().numpy(), "labels": labels.cpu().numpy()}
+        expected = self._arrays(split, len(labels))
+        for name, (shape, _, limit) in expected.items():
+            if problem := _problem(arrays[name], shape, limit):
+                raise InputError(f"{split} shard {shard} was to hold {name} that {problem}")
+        for name, (_, dtype, _) in expected.items():
+            path = self._path(split, shard, f"{name}.npy")
             with written_whole(path) as temporary, temporary.open("wb") as file:
-                np.save(file, array.cpu().numpy().astype(expected.dtype, order="C"))
-            record[expected.name] = checksum_of(path)
-        self._records.pop((split, shard), None)
+                np.save(file, arrays[name].astype(dtype, order="C"))
+            record[name] = _sha256(path)
         write_text(self._path(split, shard, "json"), json.dumps(record, indent=1))
 
-    def problems(self, split: str, shard: int) -> list[str]:
-        """A line for each thing that is wrong with a shard; reads all of it, and keeps none of it in memory."""
-        try:
-            record = self.record(split, shard)
-        except InputError as error:
-            return [str(error)]
-        found = []
-        for expected in self._arrays(split, record.rows):
-            path = self._path(split, shard, f"{expected.name}.npy")
-            checksum = record.tokens if expected.name == "tokens" else record.labels
-            if problem := array_problem(path, checksum, expected):
-                found.append(f"{path} {problem}; {self._remedy(split, shard)}")
-        return found
-
-    def read_tokens(self, split: str, shard: int) -> npt.NDArray[np.uint16]:
-        """Tokens (rows, views, C) of a shard, not checked."""
-        tokens: npt.NDArray[np.uint16] = np.load(self._path(split, shard, "tokens.npy"), allow_pickle=False)
+    def map_tokens(self, split: str, shard: int) -> npt.NDArray[np.uint16]:
+        """Map the tokens (rows, views, C) of a shard into memory, read-only and not checked."""
+        tokens: npt.NDArray[np.uint16] = np.load(self._path(split, shard, "tokens.npy"), mmap_mode="r")
         return tokens
 
-    def read_labels(self, split: str, shard: int) -> npt.NDArray[np.int64]:
-        """Labels (rows,) of a shard, not checked."""
-        labels: npt.NDArray[np.int64] = np.load(self._path(split, shard, "labels.npy"), allow_pickle=False)
-        return labels
-
-    def open_tokens(self, split: str, shard: int) -> tuple[FileIO, int]:
-        """The file of a shard's tokens, unbuffered, and the place in it where they begin; not checked."""
-        expected, _ = self._arrays(split, self.record(split, shard).rows)
-        path = self._path(split, shard, "tokens.npy")
-        return FileIO(path), path.stat().st_size - expected.nbytes
-
     def read_shard(self, split: str, shard: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-        """Tokens (rows, views, C) and labels (rows,) of a shard, checked as `problems` does.
+        """Read and check a shard: tokens (rows, views, C), mapped into memory, and labels (rows,).
 
         Raises:
-            InputError: a file is missing, or has changed since it was written, or holds impossible values.
+            InputError: a file is missing, has changed since it was written, or holds impossible values.
         """
-        if found := self.problems(split, shard):
-            raise InputError(found[0])
-        return self.read_tokens(split, shard), self.read_labels(split, shard)
+        record = self.record(split, shard)
+        found: dict[str, npt.NDArray[Any]] = {}
+        for name, (shape, dtype, limit) in self._arrays(split, record.rows).items():
+            path = self._path(split, shard, f"{name}.npy")
+            if not path.is_file() or _sha256(path) != getattr(record, name):
+                raise self._refusal(split, shard, f"{name}.npy", "is missing or damaged")
+            found[name] = self.map_tokens(split, shard) if name == "tokens" else np.load(path)
+            if problem := _problem(found[name], shape, limit):
+                raise self._refusal(split, shard, f"{name}.npy", f"holds {name} that {problem}")
+            if found[name].dtype != dtype:
+                raise self._refusal(split, shard, f"{name}.npy", f"holds {found[name].dtype}, not {np.dtype(dtype)}")
+        return found["tokens"], found["labels"]
+
+
+def _problem(array: npt.NDArray[Any], shape: tuple[int, ...], limit: int) -> str | None:
+    if array.shape != shape:
+        return f"have the shape {array.shape}; {shape} was expected"
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+        return f"lie outside of 0 to {limit - 1}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(store: TokenStore) -> tuple[list[str], list[str]]:
+    """Read and check all shards of a store, complete or not.
+
+    Returns:
+        a line for each split, which describes its sound shards, and a line for each problem.
+    """
+    header, content, problems = store.header, [], []
+    for split in SPLITS:
+        images, left_out = np.zeros(header.num_classes, dtype=np.int64), 0
+        for shard in tqdm(range(header.num_shards(split)), desc=split, unit="shard", leave=False):
+            try:
+                _, labels = store.read_shard(split, shard)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            images += np.bincount(labels, minlength=header.num_classes)
+            left_out += len(store.record(split, shard).left_out)
+        content.append(
+            f"{split}: {images.sum():,} images, {images.min():,} to {images.max():,} a class, each of "
+            f"{header.num_views(split)} x {header.num_channels} tokens; {left_out:,} unreadable files left out"
+        )
+    return content, problems

@@ -1,4 +1,4 @@
-"""Images ready for a model: decoded, cut, scaled and mirrored in the processes that load them."""
+"""Batches of images for a model: decoded, cropped, scaled and mirrored in the processes that load them."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ImageBatch:
     unreadable: dict[str, str]
 
     def pin_memory(self) -> "ImageBatch":
-        """The same in memory that a GPU can fetch from; torch's loader asks for it."""
+        """Copy to page-locked memory, from which a GPU can fetch; called by torch's loader."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
@@ -39,15 +39,14 @@ class _Sample:
 
 
 class ImageDataset(Dataset[_Sample]):
-    """Images by (index, epoch); what is random about an image depends on seed, index and epoch alone.
+    """Images by (index, epoch); their augmentation depends on seed, index and epoch alone.
 
     Args:
         source: from `tokenizer.sources.open_source`.
         image_size: pixels of a side.
-        augmentation: what is random; None takes the middle square of every image as it is.
-        seed: decides the augmentation.
-        replace_unreadable: put the next readable image in the place of one that cannot be read;
-            otherwise the place stays empty.
+        augmentation: random flips and crops; None uses the middle square of every image.
+        seed: of the augmentation.
+        replace_unreadable: replace an unreadable image by the next readable one; otherwise omit it.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class ImageDataset(Dataset[_Sample]):
     def _draw(self, index: int, epoch: int) -> tuple[bool, Crop]:
         if self.augmentation is None:
             return False, MIDDLE_SQUARE
-        # the flip is drawn first, and also where it is not wanted: no setting changes what another one draws
+        # the flip is drawn first, and always: no setting changes what another one draws
         rng = generator_for(self.seed, Stream.AUGMENTATION, index, epoch)
         flip = bool(torch.rand((), generator=rng) < 0.5) and self.augmentation.random_flip
         if self.augmentation.min_crop == 1:
@@ -87,7 +86,7 @@ class ImageDataset(Dataset[_Sample]):
         unreadable: dict[str, str] = {}
         for step in range(len(self) if self.replace_unreadable else 1):
             position = (index + step) % len(self)
-            if position in self._replaced:  # was reported by this process, and will not have become readable
+            if position in self._replaced:  # this process has reported it
                 continue
             name = self.source.image_name(position)
             try:
@@ -103,7 +102,7 @@ class ImageDataset(Dataset[_Sample]):
 
 
 def collate(samples: Sequence[_Sample]) -> ImageBatch:
-    """Stack what could be read; a batch may be smaller than asked for, or empty."""
+    """Stack the readable images; a batch may be smaller than requested, or empty."""
     images = [sample.image for sample in samples if sample.image is not None]
     return ImageBatch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
@@ -113,31 +112,31 @@ def collate(samples: Sequence[_Sample]) -> ImageBatch:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of 0..total-1, spread evenly, rising; all of them if there are not more."""
+    """Choose `count` evenly spaced numbers of 0..total-1, ascending; all of them if there are not more."""
     count = min(total, count)
     return [i * total // count for i in range(count)]
 
 
 class UnreadableFiles:
-    """Names each unreadable image once, counts them, and stops at the first one if `strict`."""
+    """Names and number of the unreadable images, each logged once; with `strict` the first one is an error."""
 
     def __init__(self, strict: bool):
         self.strict = strict
         self.names: dict[str, None] = {}
 
     def note(self, batch: ImageBatch) -> None:
-        """Take in what a batch reports.
+        """Log the unreadable images of a batch.
 
         Raises:
             InputError: an image is unreadable and `strict` is set.
         """
         for name, reason in batch.unreadable.items():
             if self.strict:
-                raise InputError(f"unreadable image {name}: {reason}; remove it, or leave --strict away to skip it")
+                raise InputError(f"unreadable image {name}: {reason}; remove it, or omit --strict to skip it")
             if name not in self.names:
                 self.names[name] = None
                 logger.warning("skipped unreadable image %s: %s", name, reason)
 
     def summary(self) -> dict[str, Any]:
-        """Count and names, for a log."""
+        """Return count and names, for a log."""
         return {"count": len(self.names), "files": list(self.names)}

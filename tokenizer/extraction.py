@@ -1,4 +1,4 @@
-"""Images to tokens in bulk, each image once or in several views."""
+"""Tokens of many images, each in one or several views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from tokenizer.tokenizer import ChannelTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """What is tokenized of an image.
+    """The views of an image that are tokenized.
 
     Attributes:
-        count: how many there are.
-        side: that of the middle square to load, in sides of the tokenizer's image.
+        count: number of views.
+        side: side of the middle square to load, relative to the tokenizer's image size.
         cut: (images (b 3 H W) of that side, the tokenizer's side) -> the views, each (b 3 side side).
     """
 
@@ -29,7 +29,7 @@ class Views:
     cut: Callable[[Tensor, int], Sequence[Tensor]]
 
     def pixels(self, image_size: int) -> int:
-        """The side to load, in pixels."""
+        """Return the side to load, in pixels."""
         return round(self.side * image_size)
 
 
@@ -42,7 +42,7 @@ VIEWS = {
 
 
 def exact_dtype(tokenizer: ChannelTokenizer) -> torch.dtype:
-    """bfloat16 if it holds all weights exactly, otherwise float32: the format to save a copy in."""
+    """Return the format of a copy: bfloat16 if it represents all weights exactly, otherwise float32."""
     exact = all(bool((weight == weight.bfloat16()).all()) for weight in tokenizer.parameters())
     return torch.bfloat16 if exact else torch.float32
 
@@ -57,16 +57,16 @@ def tokenize_files(
     num_workers: int,
     unreadable: UnreadableFiles,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Tokens of some of a split's files.
+    """Tokenize some of a split's files.
 
     Args:
         tokenizer: on the device to use.
         source: the split.
         files: positions in the split.
         views: one of `VIEWS`.
-        batch_size: images a pass.
+        batch_size: images per forward pass.
         num_workers: processes that read images.
-        unreadable: told of each image that cannot be read; such an image gets no row.
+        unreadable: logs each image that cannot be read; such an image gets no row.
 
     Returns:
         tokens (rows, views, C) int64, labels (rows,) int64, and a line for each unreadable image.
