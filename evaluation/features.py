@@ -1,7 +1,6 @@
 """Feature networks, and torch-fidelity's metrics of their features; the only module that imports torch-fidelity.
 
-The network is the InceptionV3 that FID was defined with: layer 2048, images resized to 299 x 299 as TensorFlow 1 did.
-Without its weights, a small classifier (`common.classifier`) replaces it.
+The network is InceptionV3 as FID was defined with it (layer 2048, TensorFlow 1's resizing), or a small classifier.
 """
 
 import hashlib
@@ -16,6 +15,7 @@ from common.classifier import PictureClassifier
 from common.errors import InputError
 
 FEATURES = 2048  # dimensions of Inception's features
+WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION, DEMO_FEATURES = "Inception", "demo features"  # names of the networks in reports
 KID_SUBSET, KID_SUBSETS, NEIGHBOURS = 1000, 100, 3
@@ -26,14 +26,13 @@ def _downloaded_weights() -> Path:
     """Find torch-fidelity's weights in torch's cache, or download them there and check them."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    url = str(URL_INCEPTION_V3)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=WEIGHTS_SHA256)
-    except (OSError, RuntimeError) as error:  # no network, or another file
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256)
+    except (OSError, RuntimeError) as error:
         raise InputError(
             f"the Inception weights cannot be downloaded ({error}); give a copy of {path.name} with "
             "--inception-weights, or do without it (reconstruction: --inception none, fid: --features FILE)"
@@ -51,24 +50,18 @@ def _inception(weights: str | Path | None) -> tuple[Any, str]:
         try:
             network = FeatureExtractorInceptionV3("inception", [str(FEATURES), "logits_unbiased"], str(checked))
         except RuntimeError as error:
-            raise InputError(
-                f"{path} holds no InceptionV3 of torch-fidelity (its weights are missing, unknown or misshapen); "
-                "give weights-inception-2015-12-05-6726825d.pth"
-            ) from error
+            raise InputError(f"{path} holds no InceptionV3 of torch-fidelity; give {WEIGHTS_NAME}") from error
     with path.open("rb") as file:
         published = hashlib.file_digest(file, "sha256").hexdigest() == WEIGHTS_SHA256
     return network, INCEPTION if published else f"{INCEPTION} of other weights"
 
 
 class FeatureExtractor:
-    """A frozen network in float32 that maps images to features and logits.
-
-    Attributes: `name` in reports; `is_inception`; `dimensions` of the features; `fingerprint` of the weights;
-    `class_names` of a classifier's logits, empty for Inception.
+    """A frozen network in float32 that maps images to features (`dimensions`) and logits (`class_names`, if any).
 
     Args:
-        weights: a file of torch-fidelity's InceptionV3 (`weights-inception-2015-12-05-6726825d.pth`, or the same
-            as .safetensors); None takes torch's cached copy or downloads it.
+        weights: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, or the same as .safetensors; None takes
+            torch's cached copy or downloads it.
         device: where to compute.
         classifier: a file of `benchmark.py features` that replaces Inception.
 

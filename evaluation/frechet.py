@@ -9,14 +9,10 @@ from common.errors import InputError
 
 
 class RunningStatistics:
-    """Accumulate the mean and covariance of vectors batch by batch, in float64.
+    """Accumulate mean (d,) and covariance (d d) of vectors in float64; on the CPU for MPS, which has no float64.
 
-    Batches may have any size and order; both change the last digits only. (Chan, Golub, LeVeque: Updating formulae and
-    a pairwise algorithm, 1979.)
-
-    Args:
-        dimensions: d, the length of a vector.
-        device: where to accumulate; the CPU replaces MPS, which has no float64.
+    Size and order of batches change the last digits only (Chan, Golub, LeVeque: Updating formulae and a pairwise
+    algorithm, 1979).
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, REPO, ScriptRunner
+from conftest import CLASS_NAMES, ScriptRunner
 from measurement import N, classes_of, measure, results, rows, words
 from oracles import fid as oracle
 from PIL import Image
@@ -373,11 +373,3 @@ def test_a_classifier_must_have_the_model_s_classes(
     assert done.code == 0, done.err
     assert "class accuracy is not measured" in done.err
     assert [row["class_accuracy"] for row in results(tmp_path / "out")["rows"]] == [None] * 3
-
-
-def test_fewer_samples_than_classes_are_warned_of(
-    scripts: ScriptRunner, photographs: Path, classifier: Path, tmp_path: Path
-) -> None:
-    done = measure(scripts, *words(REPO / "weights" / "demo", photographs, classifier, tmp_path), "--num-tokens", 1)
-    assert done.code == 0, done.err
-    assert "num_samples 23 leaves some classes out" in done.err

@@ -203,8 +203,6 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
             )
             budgets = config.budgets(pipeline.config.num_channels)
             networks = FeatureNetworks.load(config, pipeline.config.class_names, workers.device)
-            if config.num_samples < pipeline.config.num_classes and workers.is_main:
-                logger.warning("num_samples %d leaves some classes out; give more", config.num_samples)
             reference = read_reference(config, pipeline, networks, budgets) if workers.is_main else None
             if reference is not None and config.save_reference is not None:
                 reference.save(config.save_reference, networks.extractor)
@@ -229,9 +227,7 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(
-                f"out of memory with batch_size {config.batch_size}; give a smaller --batch-size"
-            ) from error
+            raise InputError(f"out of memory at batch_size {config.batch_size}; give a smaller --batch-size") from error
 
 
 def _results(samples: Samples, reference: Reference, workers: Team, command: str) -> dict[str, Any]:

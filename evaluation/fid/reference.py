@@ -58,9 +58,7 @@ class FeatureNetworks:
         classifier = FeatureExtractor(device=device, classifier=config.classifier) if is_other else extractor
         missing = [name for name in class_names if name not in classifier.class_names]
         if missing and is_other:
-            raise InputError(
-                f"{config.classifier} lacks {len(missing)} classes of {config.model}, first {missing[0]!r}"
-            )
+            raise InputError(f"{config.classifier} lacks {len(missing)} classes of the model, first {missing[0]!r}")
         if missing and config.features is not None:
             logger.warning("%s lacks class %r: class accuracy is not measured", config.features, missing[0])
         labels = {name: label for label, name in enumerate(class_names)}
@@ -140,11 +138,7 @@ def read_reference(
             bar.update(len(indices))
     if statistics.count < MIN_IMAGES:
         raise InputError(f"{path} holds {statistics.count} readable images; a reference needs at least {MIN_IMAGES}")
-    anchors = None
-    if config.anchors:
-        labels = _labels(files, pipeline.config.class_names, config.class_names)
-        batches = _folder_batches(files, size, config)
-        anchors = _measure_anchors(batches, labels, pipeline, networks, budgets, config.seed)
+    anchors = _measure_anchors(files, config, pipeline, networks, budgets) if config.anchors else None
     about = {
         "name": path.as_posix(),
         "fingerprint": digest.hexdigest()[:16],
@@ -158,22 +152,18 @@ def read_reference(
 
 @torch.no_grad()
 def _measure_anchors(
-    batches: Batches,
-    labels: Tensor | None,
-    pipeline: ChannelTokPipeline,
-    networks: FeatureNetworks,
-    budgets: list[int],
-    seed: int,
+    files: list[Path], config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, budgets: list[int]
 ) -> dict[str, Any]:
     """Measure the reference's own images: half against half, reconstructions from k tokens, and class accuracy.
 
-    Values are JSON; an accuracy is None without a classifier or without the class (n,) of each image.
+    Values are JSON; an accuracy is None without a classifier or without known classes.
     """
+    labels = _labels(files, pipeline.config.class_names, config.class_names)
     halves = networks.statistics(), networks.statistics()
     statistics = {k: networks.statistics() for k in [0, *budgets]}  # 0: the images themselves
     predicted: dict[int, list[Tensor]] = {k: [] for k in statistics}
     order: list[Tensor] = []
-    for indices, images in batches:
+    for indices, images in _folder_batches(files, pipeline.tokenizer.config.image_size, config):
         order.append(indices)
         tokens = pipeline.tokenizer.tokenize(to_float(images).to(pipeline.tokenizer.device))
         for k in statistics:
@@ -183,7 +173,7 @@ def _measure_anchors(
             for parity, half in enumerate(halves if k == 0 else ()):
                 half.update(features[indices % 2 == parity])  # files are sorted by class: a half has every class
     shown = torch.cat(order)
-    shuffle = torch.randperm(len(shown), generator=generator_for(seed, 5))
+    shuffle = torch.randperm(len(shown), generator=generator_for(config.seed, 5))
 
     def accuracy(k: int, shown: Tensor) -> float | None:
         if labels is None or not predicted[k]:
@@ -191,17 +181,13 @@ def _measure_anchors(
         return float((torch.cat(predicted[k]) == labels[shown]).double().mean())
 
     real = {"distance": frechet_distance(*halves), "images": [half.count for half in halves]}
+    distances = {k: frechet_distance(statistics[k], statistics[0]) for k in budgets}
     return {
         "images": len(shown),
         "real": real | {"class_accuracy": accuracy(0, shown)},
         "shuffled": {"class_accuracy": accuracy(0, shown[shuffle])},
         "reconstructions": [
-            {
-                "num_tokens": k,
-                "distance": frechet_distance(statistics[k], statistics[0]),
-                "class_accuracy": accuracy(k, shown),
-            }
-            for k in budgets
+            {"num_tokens": k, "distance": distances[k], "class_accuracy": accuracy(k, shown)} for k in budgets
         ],
     }
 
