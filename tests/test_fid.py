@@ -136,6 +136,7 @@ SETS: dict[str, tuple[Features, Features]] = {  # samples, reference
     "fewer than dimensions": (draw(6, 12, 64), draw(7, 10, 64)),
     "one dimension": (draw(10, 30, 1), draw(11, 28, 1)),
     "part of the reference": (draw(12, 40, 6)[:15], draw(12, 40, 6)),
+    "copies": (repeated(draw(13, 6, 64), 5), repeated(draw(13, 6, 64), 7)),
     "copies among others": (np.concatenate([repeated(draw(14, 4, 7), 6), draw(15, 20, 7)]), draw(16, 40, 7)),
     "constant apart": (np.full((12, 6), 0.3), np.full((30, 6), 0.4)),
     "far from 0": (draw(18, 40, 8) + 1e4, draw(19, 30, 8) + 1e4),

@@ -120,7 +120,7 @@ def test_more_samples_add_to_earlier_ones_and_other_settings_do_not(
     assert "another --output-dir" in done.err
 
 
-def test_five_budgets_take_as_many_steps_as_the_largest(
+def test_five_k_take_as_many_steps_as_the_largest(
     pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
@@ -132,11 +132,11 @@ def test_five_budgets_take_as_many_steps_as_the_largest(
         advance(*arguments, **options)
 
     monkeypatch.setattr(Engine, "advance", counted)
-    for budgets in ([2, 4, 7, 12, 16], [16]):
+    for counts in ([2, 4, 7, 12, 16], [16]):
         steps = 0
         config = FidConfig(
-            model=str(pipeline_folder), reference=str(photographs), features=str(classifier), num_tokens=budgets,
-            num_samples=10, batch_size=5, num_workers=0, device="cpu", output_dir=str(tmp_path / str(len(budgets))),
+            model=str(pipeline_folder), reference=str(photographs), features=str(classifier), num_tokens=counts,
+            num_samples=10, batch_size=5, num_workers=0, device="cpu", output_dir=str(tmp_path / str(len(counts))),
         )  # fmt: skip
         measure_fid(config, {}, "")
         assert steps == 1 + 2 * 16, "one step to warm up, then two batches"

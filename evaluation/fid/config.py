@@ -71,17 +71,17 @@ class FidConfig:
             if not os.access(Path(self.model) / "generator", os.W_OK):
                 raise InputError(f"write_settings cannot write to {self.model}/generator; give a folder of your own")
 
-    def budgets(self, num_channels: int) -> list[int]:
+    def token_counts(self, num_channels: int) -> list[int]:
         """Each k to measure, in increasing order.
 
         Raises:
             InputError: a k above num_channels.
         """
         usual = [k for k in (1, 4, 16, 32, 64, 128, 256, 512) if k < num_channels]
-        budgets = sorted(self.num_tokens or [*usual, num_channels])
-        if budgets[-1] > num_channels:
-            raise InputError(f"num_tokens has {budgets[-1]}; this model has 1..{num_channels}")
-        return budgets
+        token_counts = sorted(self.num_tokens or [*usual, num_channels])
+        if token_counts[-1] > num_channels:
+            raise InputError(f"num_tokens has {token_counts[-1]}; this model has 1..{num_channels}")
+        return token_counts
 
 
 def sweep_settings(words: Sequence[str]) -> list[dict[str, Any]]:

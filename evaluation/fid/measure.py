@@ -55,14 +55,14 @@ class Samples:
     ):
         self.config, self.pipeline, self.networks, self.sampling = config, pipeline, networks, sampling
         self.folder, self.count = Path(config.output_dir) / "parts", config.num_samples
-        self.budgets = config.budgets(pipeline.config.num_channels)
+        self.token_counts = config.token_counts(pipeline.config.num_channels)
         # how images are made, by suffix of file and tensor names
         self.variants: dict[str, Variant] = {"": lambda tokens, k, labels, seeds: pipeline.pictures(tokens[:, :k])}
         self.labels = sample_labels(self.count, pipeline.config.num_classes)
         self.settings = {
             "model": pipeline.fingerprint,
             "sampling": asdict(sampling),
-            "num_tokens": self.budgets,
+            "num_tokens": self.token_counts,
             "seed": config.seed,
             "batch_size": config.batch_size,
             "network": networks.extractor.fingerprint,
@@ -89,7 +89,7 @@ class Samples:
     def views(self) -> Iterator[tuple[str, int, Variant]]:
         """Iterate over variants and k; the name of a view is k0032 and the variant's suffix."""
         for suffix, variant in self.variants.items():
-            for k in self.budgets:
+            for k in self.token_counts:
                 yield f"k{k:04d}{suffix}", k, variant
 
     def batch(self, part: int) -> tuple[list[int], list[int]]:
@@ -113,7 +113,7 @@ class Samples:
 
     def draw(self, workers: Team) -> None:
         """Draw the missing parts of this process; an earlier run may have had fewer samples in its last part."""
-        # dealt out before existing parts are skipped, so that the progress of one process moves no part to another
+        # parts are assigned before existing ones are skipped, so that no process depends on the progress of another
         missing = [
             part
             for part in range(workers.index, len(self), workers.count)
@@ -128,8 +128,8 @@ class Samples:
     def _draw(self, labels: list[int], seeds: list[int]) -> dict[str, Tensor]:
         device, draw_seconds = self.networks.extractor.device, []
         begin = time.perf_counter()
-        for step in self.pipeline.stream(labels, self.budgets[-1], seeds, **vars(self.sampling)):
-            if step.num_tokens in self.budgets:
+        for step in self.pipeline.stream(labels, self.token_counts[-1], seeds, **vars(self.sampling)):
+            if step.num_tokens in self.token_counts:
                 synchronize(device)
                 draw_seconds.append(time.perf_counter() - begin)
             tokens = step.tokens
@@ -153,7 +153,7 @@ class Samples:
         if self.networks.classifier is not None:
             right = torch.cat(self.load(f"predicted.{name}")) == torch.tensor(self.labels)
             accuracy = float(right.double().mean())
-        draw_seconds = torch.stack(self.load("draw_seconds")).sum(0)[self.budgets.index(k)]
+        draw_seconds = torch.stack(self.load("draw_seconds")).sum(0)[self.token_counts.index(k)]
         decode_seconds = torch.stack(self.load(f"decode_seconds.{name}")).sum()
         return {
             "num_tokens": k,
@@ -201,16 +201,16 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
             pipeline = ChannelTokPipeline.from_pretrained(
                 config.model, str(workers.device), pick_dtype(config.dtype), compile=config.compile
             )
-            budgets = config.budgets(pipeline.config.num_channels)
+            token_counts = config.token_counts(pipeline.config.num_channels)
             networks = FeatureNetworks.load(config, pipeline.config.class_names, workers.device)
-            reference = read_reference(config, pipeline, networks, budgets) if workers.is_main else None
+            reference = read_reference(config, pipeline, networks, token_counts) if workers.is_main else None
             if reference is not None and config.save_reference is not None:
                 reference.save(config.save_reference, networks.extractor)
             found = []
             for settings in combinations:
                 title = ",".join(f"{name}={value}" for name, value in settings.items())
                 folder = Path(config.output_dir) / ("sweep" if settings else "") / title
-                sampling = pipeline.sampling(budgets[-1], **given | settings)
+                sampling = pipeline.sampling(token_counts[-1], **given | settings)
                 logger.info("sampling: %s", ", ".join(f"{name} {value}" for name, value in vars(sampling).items()))
                 samples = Samples(replace(config, output_dir=str(folder)), pipeline, networks, sampling)
                 begin = time.perf_counter()

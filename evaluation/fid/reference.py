@@ -103,7 +103,7 @@ class Reference:
 
 
 def read_reference(
-    config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, budgets: list[int]
+    config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, token_counts: list[int]
 ) -> Reference:
     """Read config.reference; with config.anchors measure its own images as well.
 
@@ -138,7 +138,7 @@ def read_reference(
             bar.update(len(indices))
     if statistics.count < MIN_IMAGES:
         raise InputError(f"{path} holds {statistics.count} readable images; a reference needs at least {MIN_IMAGES}")
-    anchors = _measure_anchors(files, config, pipeline, networks, budgets) if config.anchors else None
+    anchors = _measure_anchors(files, config, pipeline, networks, token_counts) if config.anchors else None
     about = {
         "name": path.as_posix(),
         "fingerprint": digest.hexdigest()[:16],
@@ -152,7 +152,11 @@ def read_reference(
 
 @torch.no_grad()
 def _measure_anchors(
-    files: list[Path], config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, budgets: list[int]
+    files: list[Path],
+    config: FidConfig,
+    pipeline: ChannelTokPipeline,
+    networks: FeatureNetworks,
+    token_counts: list[int],
 ) -> dict[str, Any]:
     """Measure the reference's own images: half against half, reconstructions from k tokens, and class accuracy.
 
@@ -160,7 +164,7 @@ def _measure_anchors(
     """
     labels = _labels(files, pipeline.config.class_names, config.class_names)
     halves = networks.statistics(), networks.statistics()
-    statistics = {k: networks.statistics() for k in [0, *budgets]}  # 0: the images themselves
+    statistics = {k: networks.statistics() for k in [0, *token_counts]}  # 0: the images themselves
     predicted: dict[int, list[Tensor]] = {k: [] for k in statistics}
     order: list[Tensor] = []
     for indices, images in _folder_batches(files, pipeline.tokenizer.config.image_size, config):
@@ -181,13 +185,13 @@ def _measure_anchors(
         return float((torch.cat(predicted[k]) == labels[shown]).double().mean())
 
     real = {"distance": frechet_distance(*halves), "images": [half.count for half in halves]}
-    distances = {k: frechet_distance(statistics[k], statistics[0]) for k in budgets}
+    distances = {k: frechet_distance(statistics[k], statistics[0]) for k in token_counts}
     return {
         "images": len(shown),
         "real": real | {"class_accuracy": accuracy(0, shown)},
         "shuffled": {"class_accuracy": accuracy(0, shown[shuffle])},
         "reconstructions": [
-            {"num_tokens": k, "distance": distances[k], "class_accuracy": accuracy(k, shown)} for k in budgets
+            {"num_tokens": k, "distance": distances[k], "class_accuracy": accuracy(k, shown)} for k in token_counts
         ],
     }
 

@@ -95,16 +95,16 @@ def write_sweep(combinations: list[dict[str, Any]], found: list[dict[str, Any]],
         found: the content of results.json of each.
         config: all other settings.
     """
-    first, budgets = found[0], [row["num_tokens"] for row in found[0]["rows"]]
+    first, token_counts = found[0], [row["num_tokens"] for row in found[0]["rows"]]
     distance, label = next(iter(first["labels"].items()))
     table = [[row[distance] for row in results["rows"]] for results in found]
     # for each k the index of the combination with the lowest distance
-    best = {k: min((values[j], i) for i, values in enumerate(table))[1] for j, k in enumerate(budgets)}
+    best = {k: min((values[j], i) for i, values in enumerate(table))[1] for j, k in enumerate(token_counts)}
     lines = [f"# Settings of {config.model}", "", f"`{first['command']}`", "", f"{label}; the best of each k is bold."]
-    lines += ["", *table_head(["settings", *(f"k = {k}" for k in budgets)])]
+    lines += ["", *table_head(["settings", *(f"k = {k}" for k in token_counts)])]
     for i, (settings, values) in enumerate(zip(combinations, table, strict=True)):
         title = ", ".join(f"{name}={value}" for name, value in settings.items())
-        cells = zip(budgets, values, strict=True)
+        cells = zip(token_counts, values, strict=True)
         lines.append(table_line([title, *(f"**{v:.3f}**" if best[k] == i else f"{v:.3f}" for k, v in cells)]))
     write_text(Path(config.output_dir) / "sweep.md", "\n".join([*lines, ""]))
     keys = ("sampling", "rows")
@@ -116,7 +116,7 @@ def write_sweep(combinations: list[dict[str, Any]], found: list[dict[str, Any]],
     logger.info("sweep.json and sweep.md written to %s", config.output_dir)
     if config.write_settings:
         measured = {name: value for name, value in content.items() if name not in ("best", "combinations")}
-        measured["distances"] = {str(k): table[best[k]][j] for j, k in enumerate(budgets)}
+        measured["distances"] = {str(k): table[best[k]][j] for j, k in enumerate(token_counts)}
         best_sampling = {k: SamplingConfig(**found[i]["sampling"]) for k, i in best.items()}
         model = ModelSettings(by_num_tokens=best_sampling, fingerprint=first["model"]["fingerprint"], measured=measured)
         model.save(Path(config.model) / "generator")
