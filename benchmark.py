@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import cli
 from common.config import ClassifierConfig
 from common.errors import InputError
-from evaluation.fid.config import QualityConfig
+from evaluation.fid.config import FidConfig
 from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.speed.config import SpeedConfig
 from generator.config import GENERATOR_SIZES, ChannelGPTConfig, SamplingConfig
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NO_TOKENIZER = "none"
 NUM_CLASSES = 1000
 RANDOM_WEIGHTS = "random weights"
+SamplingFlags = cli.unset(SamplingConfig, "default: the model's own for the largest k")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +136,13 @@ def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
     write_report(results, config.output_dir, cli.command_line(), compared)
 
 
-def fid(config: QualityConfig, sampling: SamplingConfig) -> None:
-    """Measure one setting or many, and write; in one process or those that `accelerate launch` started."""
-    from common.team import team
-    from evaluation.fid.measure import measure_quality, open_subject
-    from evaluation.fid.report import write_report
-    from evaluation.fid.sweep import sweep_quality
+def fid(config: FidConfig, flags: Any) -> None:
+    """Measure one setting or many; in one process or those that `accelerate launch` started."""
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    SamplingConfig(**given)  # refuses wrong values before torch is loaded
+    from evaluation.fid.measure import measure_fid
 
-    with team(config.device) as workers:
-        if config.sweep is not None:
-            sweep_quality(partial(open_subject, config, workers), sampling, config, workers, cli.command_line())
-            return
-        subject = open_subject(config, workers)
-        results = measure_quality(subject, sampling, config, workers)
-        if results is not None:
-            write_report(results, subject, config, cli.command_line(), workers.count)
-        workers.wait()
+    measure_fid(config, given, cli.command_line())
 
 
 def features(
@@ -164,7 +156,7 @@ def features(
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "speed": (speed, (SubjectConfig, SpeedConfig)),
-    "fid": (fid, (QualityConfig, SamplingConfig)),
+    "fid": (fid, (FidConfig, SamplingFlags)),
     "reconstruction": (reconstruction, (ReconstructionConfig, DataConfig)),
     "features": (features, (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)),
 }

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from common.checkpoint import written_whole
@@ -103,42 +103,6 @@ def save_line_plot(
     if len(handles) > 1:
         ncols = min(1 + columns, len(handles))
         figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-
-
-def save_heat_map(
-    values: Sequence[Sequence[float]],
-    path: str | Path,
-    *,
-    title: str,
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    framed: Collection[tuple[int, int]],
-) -> None:
-    """Draw a table of numbers with colours, apart for each column: its lowest is lightest. `framed`: (row, column)."""
-    rows, columns = len(row_labels), len(column_labels)
-    shares = [[0.0] * columns for _ in range(rows)]
-    for place in range(columns):
-        column = [row[place] for row in values]
-        low, span = min(column), max(column) - min(column)
-        for i, value in enumerate(column):
-            shares[i][place] = (value - low) / span if span else 0.0
-    figure = Figure(figsize=(2.6 + 0.85 * columns, 1.3 + 0.36 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.imshow(shares, cmap="viridis_r", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            colour = "white" if shares[i][j] > 0.5 else INK
-            axis.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
-    for i, j in framed:
-        axis.add_patch(Rectangle((j - 0.46, i - 0.42), 0.92, 0.84, fill=False, edgecolor=COLOURS[1], linewidth=2))
-    axis.set_xticks(range(columns), column_labels, fontsize=9)
-    axis.set_yticks(range(rows), row_labels, fontsize=9)
-    axis.tick_params(length=0, colors=INK)
-    axis.spines[:].set_visible(False)
-    axis.set_title(title, fontsize=10, color=INK)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 

@@ -47,7 +47,7 @@ CLASS_NAMES = [
 FORK_SERVER = """
 import json, os, runpy, signal, sys, traceback
 import accelerate, torchvision, torch_fidelity
-import evaluation.fid.sweep, generator.session, evaluation.speed.report, generator.training, tokenizer.extraction
+import evaluation.fid.measure, generator.session, evaluation.speed.report, generator.training, tokenizer.extraction
 
 running, ended = set(), {}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 N = 23  # no multiple of the batch of 5, nor of 5 classes
 NO_PLOTS = "import evaluation.fid.report as r; r.save_line_plot = lambda *arguments, **options: None\n"
-TIMES = {"draw_seconds", "decode_seconds", "look_seconds"}
+TIMES = {"draw_seconds", "decode_seconds"}
 
 
 def words(model: Path, photographs: Path, classifier: Path, output: Path) -> list[Any]:
@@ -30,5 +30,5 @@ def classes_of(count: int) -> list[int]:
 
 
 def measure(scripts: Any, *flags: Any, before: str = "", **options: Any) -> Any:
-    """Run benchmark.py without the two plots, which take longer than all the rest; conftest's `measured` draws them."""
+    """Run benchmark.py without the plot, which takes longer than the rest; `measured` of conftest draws it."""
     return scripts("benchmark.py", *flags, before=NO_PLOTS + before, **options)

@@ -198,9 +198,9 @@ def test_the_features_of_a_picture_do_not_depend_on_the_batch(written: Path) -> 
     extract = FeatureExtractor(classifier=written)
     images = noise(9, 20, 24)
     images[3] = 255  # would change any mean over the batch
-    features, logits = extract.see(images)
+    features, logits = extract.extract(images)
     for i in range(9):
-        alone = extract.see(images[i : i + 1])
+        alone = extract.extract(images[i : i + 1])
         torch.testing.assert_close(alone[0], features[i : i + 1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone[1], logits[i : i + 1], rtol=1e-4, atol=1e-5)
     shuffled = extract(images.flip(0))

@@ -102,7 +102,7 @@ def test_the_file_opens_as_an_extractor_with_the_names_that_were_given(unbroken:
     assert extract.class_names == ["a red one", "n02"]  # a folder without a name keeps its own
     for label, folder in enumerate(("n01", "n02")):
         images = torch.stack([load_image(path, 31) for path in sorted((colours / "val" / folder).iterdir())])
-        features, logits = extract.see(images)
+        features, logits = extract.extract(images)
         assert features.shape == (5, 16)
         assert logits.argmax(1).tolist() == [label] * 5
 

@@ -1,246 +1,260 @@
-"""The measurement: the reference, the pass over all samples, and a row of figures for each k."""
+"""The measurement: draw each sample once to the largest k, decode every k from its first tokens, compare each k."""
 
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.checkpoint import fingerprint, read_json
+from common.checkpoint import load_tensor, read_json, save_tensors, write_text, written_whole
 from common.errors import InputError
-from common.images import to_float
-from common.runtime import pick_dtype
-from common.team import Team
-from evaluation.features import kernel_distance, kid_subset, precision_and_recall, score_of_logits
-from evaluation.fid.anchors import Anchors
-from evaluation.fid.config import QualityConfig
-from evaluation.fid.labels import distance_field
-from evaluation.fid.npz import write_npz
-from evaluation.fid.parts import Parts
-from evaluation.fid.reference import (
-    Decoding,
-    FolderImages,
-    Reference,
-    folder_reference,
-    npz_reference,
-    save_reference,
-    saved_path,
-    saved_reference,
-)
-from evaluation.fid.samples import (
-    Eyes,
-    draw_samples,
-    labels_of,
-    memory_errors,
-    open_eyes,
-    pictures_of,
-    save_pictures,
-)
-from evaluation.frechet import RunningStatistics, frechet_distance
+from common.images import save_png, to_pil
+from common.measuring import machine, synchronize, versions
+from common.randomness import generator_for
+from common.runtime import is_out_of_memory, pick_dtype
+from common.team import Team, team
+from evaluation.features import sample_metrics
+from evaluation.fid.config import FidConfig, sweep_settings
+from evaluation.fid.reference import FeatureNetworks, Reference, read_reference
+from evaluation.fid.report import metric_labels, write_report, write_sweep
+from evaluation.frechet import frechet_distance
 from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
+# tokens (b C), k, class labels, seeds -> images (b 3 H W) uint8
+Variant = Callable[[Tensor, int, Sequence[int], Sequence[int]], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured and what looks at it: the same for all settings of a sweep."""
-
-    pipeline: ChannelTokPipeline
-    eyes: Eyes
-    budgets: list[int]
-    reference: Reference | None  # in the main process
-    anchors: dict[str, Any] | None
+def sample_labels(count: int, num_classes: int) -> list[int]:
+    """Return class labels of samples: all classes in one random order, repeated, so that counts differ by at most 1."""
+    order = torch.randperm(num_classes, generator=generator_for(6, num_classes)).tolist()
+    return [order[sample % num_classes] for sample in range(count)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class QualityResults:
-    """What was found: rows, see `_row`; the parts they were taken from; seconds of this session alone."""
+class Samples:
+    """N samples at every k, in one file parts/part-NNNNNN.safetensors for each batch: an interruption loses one batch.
 
-    rows: list[Row]
-    sampling: SamplingConfig
-    parts: Parts
-    seconds: float
-
-
-def open_subject(config: QualityConfig, team: Team) -> Subject:
-    """Load the model and the networks that look; in the main process also the reference.
+    Tensors of a part: tokens (b k) int32, k the largest; draw_seconds (number of k), to each k from the start; and for
+    each name of `views` features.NAME (b d), logits.NAME (b c), predicted.NAME (b,) and decode_seconds.NAME ().
 
     Raises:
-        InputError: a model, weights, a reference or a k that cannot be had.
+        InputError: a k that the model lacks, or a folder with parts of other settings.
     """
-    pipeline = ChannelTokPipeline.from_pretrained(
-        config.model, str(team.device), pick_dtype(config.dtype), compile=config.compile
-    )
-    budgets = config.budgets(pipeline.config.num_channels)
-    eyes = open_eyes(config, pipeline.config.class_names, team.device)
-    read = _reference_of(config, pipeline, eyes, budgets)
-    with memory_errors(config):
-        reference, anchors = read() if team.is_main else (None, None)
-    return Subject(pipeline=pipeline, eyes=eyes, budgets=budgets, reference=reference, anchors=anchors)
+
+    def __init__(
+        self, config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, sampling: SamplingConfig
+    ):
+        self.config, self.pipeline, self.networks, self.sampling = config, pipeline, networks, sampling
+        self.folder, self.count = Path(config.output_dir) / "parts", config.num_samples
+        self.token_counts = config.token_counts(pipeline.config.num_channels)
+        # how images are made, by suffix of file and tensor names
+        self.variants: dict[str, Variant] = {"": lambda tokens, k, labels, seeds: pipeline.pictures(tokens[:, :k])}
+        self.labels = sample_labels(self.count, pipeline.config.num_classes)
+        self.settings = {
+            "model": pipeline.fingerprint,
+            "sampling": asdict(sampling),
+            "num_tokens": self.token_counts,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "network": networks.extractor.fingerprint,
+            "classifier": networks.classifier.fingerprint if networks.classifier else None,
+            "dtype": config.dtype,
+            "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
+            "compile": config.compile,
+            "device": networks.extractor.device.type,
+        }
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            write_text(path, json.dumps(self.settings, indent=1))
+        before = read_json(path)
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{self.folder} was measured with {name} = {before.get(name)}, now it is {value}; give the same "
+                    "settings, or another --output-dir"
+                )
+
+    def __len__(self) -> int:
+        return -(-self.count // self.config.batch_size)
+
+    def views(self) -> Iterator[tuple[str, int, Variant]]:
+        """Iterate over variants and k; the name of a view is k0032 and the variant's suffix."""
+        for suffix, variant in self.variants.items():
+            for k in self.token_counts:
+                yield f"k{k:04d}{suffix}", k, variant
+
+    def batch(self, part: int) -> tuple[list[int], list[int]]:
+        """Class labels and seeds of a part."""
+        start, size = part * self.config.batch_size, self.config.batch_size
+        labels = self.labels[start : start + size]
+        return labels, [self.config.seed + start + i for i in range(len(labels))]
+
+    def path(self, part: int) -> Path:
+        """The file of a part."""
+        return self.folder / f"part-{part:06d}.safetensors"
+
+    def load(self, name: str) -> list[Tensor]:
+        """A tensor of every part, in order."""
+        return [load_tensor(self.path(part), name) for part in range(len(self))]
+
+    def images(self, part: int, k: int, variant: Variant) -> Tensor:
+        """Make the images (b 3 H W) uint8 of a part again from its tokens, on the CPU."""
+        tokens = load_tensor(self.path(part), "tokens").long().to(self.networks.extractor.device)
+        return variant(tokens, k, *self.batch(part)).cpu()
+
+    def draw(self, workers: Team) -> None:
+        """Draw the missing parts of this process; an earlier run may have had fewer samples in its last part."""
+        # parts are assigned before existing ones are skipped, so that no process depends on the progress of another
+        missing = [
+            part
+            for part in range(workers.index, len(self), workers.count)
+            if not self.path(part).is_file() or len(load_tensor(self.path(part), "tokens")) != len(self.batch(part)[0])
+        ]
+        if missing:  # compile and capture before timing
+            for step in self.pipeline.stream(self.batch(missing[0])[0], 1, **vars(self.sampling)):
+                self.pipeline.pictures(step.tokens)
+        for part in tqdm(missing, unit="batch", desc="samples", disable=not workers.is_main):
+            save_tensors(self.path(part), self._draw(*self.batch(part)))
+
+    def _draw(self, labels: list[int], seeds: list[int]) -> dict[str, Tensor]:
+        device, draw_seconds = self.networks.extractor.device, []
+        begin = time.perf_counter()
+        for step in self.pipeline.stream(labels, self.token_counts[-1], seeds, **vars(self.sampling)):
+            if step.num_tokens in self.token_counts:
+                synchronize(device)
+                draw_seconds.append(time.perf_counter() - begin)
+            tokens = step.tokens
+        part = {"tokens": tokens.int(), "draw_seconds": torch.tensor(draw_seconds, dtype=torch.float64)}
+        for name, k, variant in self.views():
+            begin = time.perf_counter()
+            images = variant(tokens, k, labels, seeds)
+            synchronize(device)
+            part[f"decode_seconds.{name}"] = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+            part[f"features.{name}"], part[f"logits.{name}"], predicted = self.networks.extract(images)
+            if predicted is not None:
+                part[f"predicted.{name}"] = predicted
+        return part
+
+    def row(self, name: str, k: int, reference: Reference, distance: str) -> dict[str, Any]:
+        """Compare a view with the reference: a row of results.json, `distance` names its distance."""
+        statistics, accuracy = self.networks.statistics(), None
+        features, logits = self.load(f"features.{name}"), torch.cat(self.load(f"logits.{name}"))
+        for batch in features:
+            statistics.update(batch)
+        if self.networks.classifier is not None:
+            right = torch.cat(self.load(f"predicted.{name}")) == torch.tensor(self.labels)
+            accuracy = float(right.double().mean())
+        draw_seconds = torch.stack(self.load("draw_seconds")).sum(0)[self.token_counts.index(k)]
+        decode_seconds = torch.stack(self.load(f"decode_seconds.{name}")).sum()
+        return {
+            "num_tokens": k,
+            distance: frechet_distance(statistics, reference.statistics),
+            **sample_metrics(torch.cat(features).to(statistics.mean.device), logits, reference.features),
+            "class_accuracy": accuracy,
+            "draw_seconds": float(draw_seconds) / self.count,
+            "decode_seconds": float(decode_seconds) / self.count,
+        }
+
+    def export(self) -> None:
+        """Write images/NAME/000000.png with config.save_images, samples-NAME.npz with config.save_npz.
+
+        An archive has arr_0 (N H W 3) uint8 and arr_1, the class labels (N,), as the guided-diffusion evaluator reads.
+        """
+        folder, size = Path(self.config.output_dir), self.pipeline.tokenizer.config.image_size
+        for name, k, variant in self.views() if self.config.save_images or self.config.save_npz else ():
+            images = np.empty((self.count, size, size, 3), np.uint8)
+            for part in tqdm(range(len(self)), unit="batch", desc=name, leave=False):
+                batch, start = self.images(part, k, variant), part * self.config.batch_size
+                images[start : start + len(batch)] = rearrange(batch, "b c h w -> b h w c").numpy()
+                for i, image in enumerate(batch if self.config.save_images else ()):
+                    save_png(to_pil(image), folder / "images" / name / f"{start + i:06d}.png")
+            if self.config.save_npz:
+                with written_whole(folder / f"samples-{name}.npz") as temporary, temporary.open("wb") as file:
+                    np.savez(file, arr_0=images, arr_1=np.array(self.labels))
 
 
-def _reference_of(
-    config: QualityConfig, pipeline: ChannelTokPipeline, eyes: Eyes, budgets: list[int]
-) -> Callable[[], tuple[Reference, dict[str, Any] | None]]:
-    """What reads the reference; what is plainly wrong is refused by all processes before."""
-    path = Path(config.reference)
-    if config.save_reference is not None:
-        saved_path(config.save_reference)
-    if not path.is_dir():
-        for name in ("decode_reference", "anchors", "max_reference", "class_names"):
-            if getattr(config, name):
-                raise InputError(f"{name} is given, but reference {config.reference} is no folder of images")
-
-    def kept(reference: Reference) -> Reference:
-        if config.save_reference is not None:
-            save_reference(reference, config.save_reference, eyes.extractor)
-        return reference
-
-    if path.is_dir():
-        images = FolderImages(path, pipeline.tokenizer.config.image_size, config.max_reference)
-        names = read_json(config.class_names) if config.class_names else {}
-
-        def read() -> tuple[Reference, dict[str, Any] | None]:
-            known = images.labels(pipeline.config.class_names, names)
-            if config.anchors and eyes.classifier is not None and known is None:
-                logger.warning("%s: folders are not named as the classes; give --class-names for class accuracy", path)
-            anchors = Anchors(pipeline, eyes, budgets, known, config.seed) if config.anchors else None
-            decode = _through_tokenizer(pipeline) if config.decode_reference else None
-            look = anchors.look if anchors else None
-            reference = kept(folder_reference(images, eyes.extractor, config, decode, look))
-            return reference, anchors.summary() if anchors else None
-
-        return read
-    if path.is_file():
-        return lambda: (kept(npz_reference(path, eyes.extractor, config.batch_size)), None)
-    saved_path(config.reference)
-    return lambda: (kept(saved_reference(config.reference, eyes.extractor)), None)
-
-
-def _through_tokenizer(pipeline: ChannelTokPipeline) -> Decoding:
-    tokenizer = pipeline.tokenizer
-
-    @torch.no_grad()
-    def decode(pictures: Tensor) -> Tensor:
-        return pipeline.pictures(tokenizer.tokenize(to_float(pictures).to(tokenizer.device)))
-
-    return Decoding(apply=decode, fingerprint=fingerprint(tokenizer))
-
-
-def measure_quality(
-    subject: Subject, sampling: SamplingConfig, config: QualityConfig, team: Team, title: str = ""
-) -> QualityResults | None:
-    """Draw what is missing, and measure in the main process; None in the others.
-
-    Kept in memory are the features of one k. What a part holds is in `evaluation.fid.parts`.
+def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
+    """Measure one setting, or each combination of config.sweep, in one process or those of `accelerate launch`.
 
     Args:
-        subject: the model, what looks at its pictures and what they are compared with.
-        sampling: how tokens are drawn.
-        config: all else.
-        team: the processes; a sample does not depend on how many there are.
-        title: what the progress bar says.
+        config: the settings.
+        given: fields of `SamplingConfig` from the command line; the others are the model's own for the largest k.
+        command: the command line, for the report.
 
     Raises:
-        InputError: an output folder of other settings, or not memory enough.
+        InputError: a model, network, reference or k that cannot be used, parts of other settings, or too little memory.
     """
-    begun = time.perf_counter()
-    pipeline, eyes = subject.pipeline, subject.eyes
-    settings = {
-        "model": pipeline.fingerprint,
-        "sampling": asdict(sampling),
-        "num_tokens": subject.budgets,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "network": eyes.extractor.fingerprint,
-        "classifier": eyes.classifier.fingerprint if eyes.classifier else None,
-        "dtype": config.dtype,
-        "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
-        "compile": config.compile,
-        "device": team.device.type,
-    }
-    parts = Parts(Path(config.output_dir) / "parts", settings, subject.budgets, config.num_samples, config.batch_size)
-    parts.begin()
-    if config.num_samples < pipeline.config.num_classes and team.is_main:
-        logger.warning(
-            "%d samples are fewer than the %d classes: those without a sample count for nothing",
-            config.num_samples, pipeline.config.num_classes,
-        )  # fmt: skip
-    with logging_redirect_tqdm(), memory_errors(config):
-        draw_samples(pipeline, sampling, config, eyes, parts, team, title)
-    team.wait()
-    if config.save_images:
-        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        drawn_by = f"{config.model} ({pipeline.fingerprint}), settings {digest}"
-        save_pictures(pipeline, parts, Path(config.output_dir) / "images", drawn_by, team)
-        team.wait()
-    reference = subject.reference
-    if reference is None:
-        return None
-    seconds = parts.seconds()
-    bar = tqdm(subject.budgets, desc="distances", leave=False)
-    rows = [_row(k, subject, reference, parts, seconds) for k in bar]
-    if config.save_npz:
-        _write_archives(subject, config, parts)
-    return QualityResults(rows=rows, sampling=sampling, parts=parts, seconds=time.perf_counter() - begun)
+    combinations = sweep_settings(config.sweep or [])
+    for settings in combinations:
+        SamplingConfig().override(given | settings)  # refuses wrong values before a model is loaded
+    with team(config.device) as workers:
+        try:
+            pipeline = ChannelTokPipeline.from_pretrained(
+                config.model, str(workers.device), pick_dtype(config.dtype), compile=config.compile
+            )
+            token_counts = config.token_counts(pipeline.config.num_channels)
+            networks = FeatureNetworks.load(config, pipeline.config.class_names, workers.device)
+            reference = read_reference(config, pipeline, networks, token_counts) if workers.is_main else None
+            if reference is not None and config.save_reference is not None:
+                reference.save(config.save_reference, networks.extractor)
+            found = []
+            for settings in combinations:
+                title = ",".join(f"{name}={value}" for name, value in settings.items())
+                folder = Path(config.output_dir) / ("sweep" if settings else "") / title
+                sampling = pipeline.sampling(token_counts[-1], **given | settings)
+                logger.info("sampling: %s", ", ".join(f"{name} {value}" for name, value in vars(sampling).items()))
+                samples = Samples(replace(config, output_dir=str(folder)), pipeline, networks, sampling)
+                begin = time.perf_counter()
+                samples.draw(workers)
+                workers.wait()
+                if reference is not None:
+                    found.append(_results(samples, reference, workers, command))
+                    found[-1]["session_seconds"] = time.perf_counter() - begin
+                    samples.export()
+                    write_report(found[-1], folder)
+            if config.sweep and workers.is_main:
+                write_sweep(combinations, found, config)
+            workers.wait()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory at batch_size {config.batch_size}; give a smaller --batch-size") from error
 
 
-def _row(k: int, subject: Subject, reference: Reference, parts: Parts, seconds: dict[str, Tensor]) -> Row:
-    """A row for k.
-
-    fid, or frechet_distance where it must not be called so; inception_score; kid, precision and recall against the
-    reference's kept features; class_accuracy: share of samples that the classifier puts in the class asked for, null
-    without one. draw_seconds, decode_seconds: for one sample, to k from the start and of its picture at k, in batches.
-    """
-    device = reference.statistics.mean.device
-    features = parts.column("features", k)
-    statistics = RunningStatistics(features.shape[1], device)
-    for index in range(len(parts)):  # as they were drawn, so that sums do not depend on memory
-        samples = parts.samples(index)
-        statistics.update(features[samples.start : samples.stop])
-    accuracy = None
-    if subject.eyes.classes is not None:
-        truth = torch.tensor(labels_of(range(parts.num_samples), subject.pipeline.config.num_classes))
-        accuracy = float((parts.column("predicted", k) == truth).double().mean())
-    precision, recall = precision_and_recall(features.to(device), reference.features.to(device))
-    place = parts.budgets.index(k)
-    field = distance_field(subject.eyes.extractor.name, parts.num_samples, reference.about)
+def _results(samples: Samples, reference: Reference, workers: Team, command: str) -> dict[str, Any]:
+    """The content of results.json, JSON values; see docs/fid.md."""
+    pipeline, network = samples.pipeline, samples.networks.extractor
+    labels = metric_labels(network.name, samples.count, reference.about)
+    rows = [samples.row(name, k, reference, distance=next(iter(labels))) for name, k, _ in samples.views()]
+    sizes = {name: getattr(pipeline.config, name) for name in ("num_channels", "num_bits", "num_classes")}
+    model = {"name": samples.config.model, "fingerprint": pipeline.fingerprint}
     return {
-        "num_tokens": k,
-        field: frechet_distance(statistics, reference.statistics),
-        "inception_score": score_of_logits(parts.column("logits", k)),
-        "kid": kernel_distance(features, reference.features),
-        "kid_subset": kid_subset(len(features), len(reference.features)),
-        "precision": precision,
-        "recall": recall,
-        "class_accuracy": accuracy,
-        "draw_seconds": float(seconds["draw"][place]) / parts.num_samples,
-        "decode_seconds": float(seconds["decode"][place]) / parts.num_samples,
-        "look_seconds": float(seconds["look"][place]) / parts.num_samples,
+        "rows": rows,
+        "labels": labels,
+        "num_samples": samples.count,
+        "samples_by_class": "all classes in one random order, repeated",
+        "backend": "torch-fidelity; Fréchet distance in float64",
+        "processes": workers.count,
+        "reference": reference.about,
+        "anchors": reference.anchors,
+        "network": {"name": network.name, "fingerprint": network.fingerprint},
+        "model": model | {"image_size": pipeline.tokenizer.config.image_size} | sizes,
+        **{name: samples.settings[name] for name in ("sampling", "seed", "classifier", "pictures_dtype")},
+        "settings": asdict(samples.config),
+        "command": command,
+        "machine": machine(workers.device),
+        "versions": versions(["torch-fidelity"]),
+        "pass_seconds": {
+            "draw": rows[-1]["draw_seconds"] * samples.count,
+            "decode": sum(row["decode_seconds"] for row in rows) * samples.count,
+        },
     }
-
-
-def _write_archives(subject: Subject, config: QualityConfig, parts: Parts) -> None:
-    """samples-kNNNN.npz for each k, its pictures decoded anew."""
-    size, model = subject.pipeline.tokenizer.config.image_size, subject.pipeline
-    labels = labels_of(range(parts.num_samples), model.config.num_classes)
-    for k in tqdm(parts.budgets, desc="archives", leave=False):
-        write_npz(
-            Path(config.output_dir) / f"samples-k{k:04d}.npz",
-            parts.num_samples,
-            size,
-            (pictures_of(model, parts, index, k) for index in range(len(parts))),
-            labels,
-            f"{config.model} ({model.fingerprint})",
-        )

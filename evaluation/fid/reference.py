@@ -1,286 +1,266 @@
-"""What samples are compared with: a folder of images, a file of the guided-diffusion evaluator, or a saved name."""
+"""The networks that measure images, and the reference: a folder of images, a .npz, or a file of an earlier run."""
 
 import hashlib
 import json
 import logging
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
+from common.checkpoint import read_json, written_whole
 from common.errors import InputError
-from common.images import UnreadableImageError, load_image
+from common.images import UnreadableImageError, load_image, to_float
+from common.randomness import generator_for
 from common.runtime import leave_signals_to_the_trainer
 from evaluation.features import FeatureExtractor
-from evaluation.fid.config import FEWEST, QualityConfig
-from evaluation.fid.npz import NpzPictures
-from evaluation.frechet import RunningStatistics
+from evaluation.fid.config import MIN_IMAGES, FidConfig
+from evaluation.frechet import RunningStatistics, frechet_distance
+from generator.pipeline import ChannelTokPipeline
 
 logger = logging.getLogger(__name__)
-KEPT = 10_000  # features that are kept for KID, precision and recall; the guided-diffusion evaluator has as many
-DRAWN_MARK = "drawn.txt"  # lies beside pictures that a model has drawn
+MAX_FEATURES = 10_000  # kept for KID, precision and recall, as in the guided-diffusion evaluator
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm"})
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Batches = Iterable[tuple[Tensor, Tensor]]  # indices (b,) in the reference, images (b 3 H W) uint8
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """Where a reference comes from, for reports: JSON values.
+class FeatureNetworks:
+    """A feature extractor and, for class accuracy, a classifier.
 
-    fingerprint: stands for all pixels as they were prepared, or for the .npz. count: M, pictures behind mean and
-    covariance (None: a file that does not tell). kept: those behind KID, precision and recall. decoded: whether the
-    tokenizer has been over it. drawn_by: the model that drew it, if one did.
+    classes: the model's class of each output of the classifier, -1 for others.
     """
 
-    name: str
-    fingerprint: str
-    count: int | None
-    kept: int
-    preparation: str
-    decoded: bool = False
-    drawn_by: str | None = None
-    unreadable: int = 0
+    extractor: FeatureExtractor
+    classifier: FeatureExtractor | None
+    classes: Tensor
 
+    @classmethod
+    def load(cls, config: FidConfig, class_names: Sequence[str], device: torch.device) -> "FeatureNetworks":
+        """Load the networks of a configuration.
 
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """Pictures (b 3 H W) uint8 -> what a tokenizer makes of them, and that tokenizer's fingerprint."""
+        Raises:
+            InputError: weights that cannot be read, or a --classifier without some of the model's classes.
+        """
+        extractor = FeatureExtractor(config.inception_weights, device, classifier=config.features)
+        is_other = config.classifier is not None
+        classifier = FeatureExtractor(device=device, classifier=config.classifier) if is_other else extractor
+        missing = [name for name in class_names if name not in classifier.class_names]
+        if missing and is_other:
+            raise InputError(f"{config.classifier} lacks {len(missing)} classes of the model, first {missing[0]!r}")
+        if missing and config.features is not None:
+            logger.warning("%s lacks class %r: class accuracy is not measured", config.features, missing[0])
+        labels = {name: label for label, name in enumerate(class_names)}
+        classes = torch.tensor([labels.get(name, -1) for name in classifier.class_names])
+        return cls(extractor=extractor, classifier=None if missing else classifier, classes=classes)
 
-    apply: Callable[[Tensor], Tensor]
-    fingerprint: str
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images (b 3 H W) uint8 -> features (b d), logits (b c) and predicted classes (b,) or None, on the CPU."""
+        features, logits = (output.cpu() for output in self.extractor.extract(images))
+        if self.classifier is None:
+            return features, logits, None
+        scores = logits if self.classifier is self.extractor else self.classifier.extract(images)[1].cpu()
+        return features, logits, self.classes[scores.argmax(1)]
+
+    def statistics(self) -> RunningStatistics:
+        """Create empty statistics of the features."""
+        return RunningStatistics(self.extractor.dimensions, self.extractor.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Mean and covariance of all pictures, and the features (m d) of up to 10,000 of them, spread evenly."""
+    """What samples are compared with.
 
-    about: About
+    about: JSON values of results.json: name, fingerprint of all prepared pixels, count (M, the images behind mean and
+        covariance; None where a .npz does not say), kept (the images behind KID, precision and recall), preparation,
+        unreadable.
+    statistics: mean and covariance of all features. features: (m d), of at most 10,000 images, spread evenly.
+    anchors: see `_measure_anchors`.
+    """
+
+    about: dict[str, Any]
     statistics: RunningStatistics
     features: Tensor
+    anchors: dict[str, Any] | None = None
+
+    def save(self, path: str, extractor: FeatureExtractor) -> None:
+        """Write mu, sigma and features as a .npz, for `read_reference` with the same extractor."""
+        about = json.dumps({"about": self.about, "network": f"{extractor.name} {extractor.fingerprint}"})
+        mean, covariance = self.statistics.mean.cpu().numpy(), self.statistics.covariance.cpu().numpy()
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=mean, sigma=covariance, features=self.features.numpy(), about=np.array(about))
 
 
-class FolderImages(Dataset[tuple[Tensor | None, str]]):
-    """The images below a folder, or `most` of them, spread evenly: (3 size size) uint8, or None and why not.
-
-    `in_classes`: whether each lies in a folder of its class; `drawn_by`: the model that drew them, if one did.
-    """
-
-    def __init__(self, folder: Path, size: int, most: int | None):
-        self.folder, self.size = folder, size
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        if len(paths) < FEWEST:
-            raise InputError(f"{folder} holds {len(paths)} images; a reference needs at least {FEWEST}")
-        count = min(most or len(paths), len(paths))
-        self.available = len(paths)
-        self.paths = [paths[i * len(paths) // count] for i in range(count)]
-        self.in_classes = all(path.parent.parent == folder for path in paths)
-        marks = [*folder.rglob(DRAWN_MARK), *(place / DRAWN_MARK for place in (folder.parent, folder.parent.parent))]
-        mark = next((path for path in marks if path.is_file()), None)
-        self.drawn_by = mark.read_text(encoding="utf-8").strip() if mark else None
-
-    def labels(self, class_names: Sequence[str], folder_names: Mapping[str, str]) -> list[int] | None:
-        """The class of each image, by its folder's name; None where a folder is of no known class.
-
-        Args:
-            class_names: of the model.
-            folder_names: the class name of a folder, where that is not the folder's own.
-        """
-        places = {name: label for label, name in enumerate(class_names)}
-        names = [folder_names.get(path.parent.name, path.parent.name) for path in self.paths]
-        unknown = next((name for name in names if name not in places), None)
-        if not self.in_classes or unknown is not None:
-            return None
-        return [places[name] for name in names]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        try:
-            return load_image(self.paths[index], self.size), ""
-        except UnreadableImageError as error:
-            return None, str(error)
-
-    def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Places and pictures (b 3 H W) uint8 of those that can be read, in order; the others are told."""
-        loader: Any = DataLoader(
-            self, batch_size=batch_size, num_workers=num_workers, collate_fn=list,
-            worker_init_fn=leave_signals_to_the_trainer,
-        )  # fmt: skip
-        start = 0
-        with tqdm(total=len(self), unit="image", desc="reference", leave=False) as bar:
-            for batch in loader:
-                there = [(place, image) for place, (image, _) in enumerate(batch, start) if image is not None]
-                for image, reason in batch:
-                    if image is None:
-                        logger.warning("skipped unreadable image %s", reason)
-                if there:
-                    yield [place for place, _ in there], torch.stack([image for _, image in there])
-                start += len(batch)
-                bar.update(len(batch))
-
-
-class Collector:
-    """Statistics of all features, and an even spread of them."""
-
-    def __init__(self, dimensions: int, total: int, device: torch.device):
-        self.statistics = RunningStatistics(dimensions, device)
-        kept = min(total, KEPT)
-        self._wanted = {i * total // kept for i in range(kept)}
-        self._kept: list[Tensor] = []
-        self._seen = 0
-
-    def add(self, features: Tensor) -> None:
-        """Take in features (b d) on the CPU."""
-        self.statistics.update(features)
-        rows = [row for row in range(len(features)) if self._seen + row in self._wanted]
-        self._kept.append(features[rows])
-        self._seen += len(features)
-
-    def features(self) -> Tensor:
-        """Those that were kept, (m d)."""
-        return torch.cat(self._kept)
-
-
-def folder_reference(
-    images: FolderImages,
-    extractor: FeatureExtractor,
-    config: QualityConfig,
-    decode: Decoding | None,
-    look: Callable[[list[int], Tensor], None] | None,
+def read_reference(
+    config: FidConfig, pipeline: ChannelTokPipeline, networks: FeatureNetworks, token_counts: list[int]
 ) -> Reference:
-    """Read all images of a folder.
-
-    Args:
-        images: the folder.
-        extractor: what sees them.
-        config: batch size and workers.
-        decode: what is done to them before; None leaves them alone.
-        look: shown places and pictures (b 3 H W) uint8 of each batch, for anchors.
+    """Read config.reference; with config.anchors measure its own images as well.
 
     Raises:
-        InputError: fewer than 10 readable images.
+        InputError: fewer than 10 readable images, a damaged file, or features of another network.
     """
-    found = Collector(extractor.dimensions, len(images), extractor.device)
-    digest = hashlib.sha256()
-    for places, pictures in images.batches(config.batch_size, config.num_workers):
-        digest.update(pictures.numpy().data)
-        found.add(extractor.see(pictures if decode is None else decode.apply(pictures))[0].cpu())
-        if look is not None:
-            look(places, pictures)
-    if found.statistics.count < FEWEST:
-        raise InputError(f"{images.folder} holds {found.statistics.count} readable images; needed are {FEWEST}")
-    preparation = f"upright, shorter side scaled to {images.size} pixels (Lanczos), middle square, 8 bits"
-    if decode is not None:
-        preparation += f", then encoded and decoded at full length by tokenizer {decode.fingerprint}"
-    features = found.features()
-    return Reference(
-        about=About(
-            name=images.folder.as_posix(),
-            fingerprint=digest.hexdigest()[:16],
-            count=found.statistics.count,
-            kept=len(features),
-            preparation=preparation,
-            decoded=decode is not None,
-            drawn_by=images.drawn_by,
-            unreadable=len(images) - found.statistics.count,
-        ),
-        statistics=found.statistics,
-        features=features,
+    path, size = Path(config.reference), pipeline.tokenizer.config.image_size
+    moments: RunningStatistics | None = None
+    batches: Batches
+    if path.is_dir():
+        files = sorted(path for path in path.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+        total, batches = len(files), _folder_batches(files, size, config)
+        preparation = f"upright, shorter side scaled to {size} pixels (Lanczos), middle square, 8 bits"
+    else:
+        content = _read_npz(path)
+        if "features" in content:
+            return _saved(path, content, networks.extractor)
+        images, moments = _npz_images(path, content, networks.extractor)
+        total = len(images)
+        batches = zip(torch.arange(total).split(config.batch_size), images.split(config.batch_size), strict=True)
+        preparation = "as in the file" + ("; mean and covariance are the file's (mu, sigma)" if moments else "")
+    statistics, features, digest = networks.statistics(), [], hashlib.sha256()
+    kept = torch.zeros(total, dtype=torch.bool)
+    kept[[i * total // min(total, MAX_FEATURES) for i in range(min(total, MAX_FEATURES))]] = True
+    with tqdm(total=total, unit="image", desc="reference", leave=False) as bar:
+        for indices, images in batches:
+            images = images.contiguous()
+            batch = networks.extract(images)[0]
+            statistics.update(batch)
+            features.append(batch[kept[indices]])
+            digest.update(images.numpy().data)
+            bar.update(len(indices))
+    if statistics.count < MIN_IMAGES:
+        raise InputError(f"{path} holds {statistics.count} readable images; a reference needs at least {MIN_IMAGES}")
+    anchors = _measure_anchors(files, config, pipeline, networks, token_counts) if config.anchors else None
+    about = {
+        "name": path.as_posix(),
+        "fingerprint": digest.hexdigest()[:16],
+        "count": None if moments else statistics.count,
+        "kept": sum(map(len, features)),
+        "preparation": preparation,
+        "unreadable": total - statistics.count,
+    }
+    return Reference(about=about, statistics=moments or statistics, features=torch.cat(features), anchors=anchors)
+
+
+@torch.no_grad()
+def _measure_anchors(
+    files: list[Path],
+    config: FidConfig,
+    pipeline: ChannelTokPipeline,
+    networks: FeatureNetworks,
+    token_counts: list[int],
+) -> dict[str, Any]:
+    """Measure the reference's own images: half against half, reconstructions from k tokens, and class accuracy.
+
+    Values are JSON; an accuracy is None without a classifier or without known classes.
+    """
+    labels = _labels(files, pipeline.config.class_names, config.class_names)
+    halves = networks.statistics(), networks.statistics()
+    statistics = {k: networks.statistics() for k in [0, *token_counts]}  # 0: the images themselves
+    predicted: dict[int, list[Tensor]] = {k: [] for k in statistics}
+    order: list[Tensor] = []
+    for indices, images in _folder_batches(files, pipeline.tokenizer.config.image_size, config):
+        order.append(indices)
+        tokens = pipeline.tokenizer.tokenize(to_float(images).to(pipeline.tokenizer.device))
+        for k in statistics:
+            features, _, classes = networks.extract(pipeline.pictures(tokens[:, :k]) if k else images)
+            statistics[k].update(features)
+            predicted[k] += [] if classes is None else [classes]
+            for parity, half in enumerate(halves if k == 0 else ()):
+                half.update(features[indices % 2 == parity])  # files are sorted by class: a half has every class
+    shown = torch.cat(order)
+    shuffle = torch.randperm(len(shown), generator=generator_for(config.seed, 5))
+
+    def accuracy(k: int, shown: Tensor) -> float | None:
+        if labels is None or not predicted[k]:
+            return None
+        return float((torch.cat(predicted[k]) == labels[shown]).double().mean())
+
+    real = {"distance": frechet_distance(*halves), "images": [half.count for half in halves]}
+    distances = {k: frechet_distance(statistics[k], statistics[0]) for k in token_counts}
+    return {
+        "images": len(shown),
+        "real": real | {"class_accuracy": accuracy(0, shown)},
+        "shuffled": {"class_accuracy": accuracy(0, shown[shuffle])},
+        "reconstructions": [
+            {"num_tokens": k, "distance": distances[k], "class_accuracy": accuracy(k, shown)} for k in token_counts
+        ],
+    }
+
+
+def _folder_batches(files: list[Path], size: int, config: FidConfig) -> Batches:
+    loader: Any = DataLoader(
+        list(enumerate(files)),  # type: ignore[arg-type]  # a list is a dataset
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        collate_fn=partial(_load_images, size=size),
+        worker_init_fn=leave_signals_to_the_trainer,
     )
+    return (batch for batch in loader if len(batch[0]))
 
 
-def npz_reference(path: Path, extractor: FeatureExtractor, batch_size: int) -> Reference:
-    """Read a .npz of pictures, and its mean and covariance (of Inception) where it has those.
+def _load_images(files: list[tuple[int, Path]], size: int) -> tuple[Tensor, Tensor]:
+    """Load the readable images, and their indices."""
+    indices, images = [], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
+    for index, path in files:
+        try:
+            images.append(load_image(path, size)[None])
+            indices.append(index)
+        except UnreadableImageError as error:
+            logger.warning("unreadable image omitted: %s", error)
+    return torch.tensor(indices, dtype=torch.long), torch.cat(images)
 
-    As the guided-diffusion evaluator does it: these are taken for the distance, if Inception looks, and the pictures
-    for all else.
 
-    Raises:
-        InputError: no such file, other contents, or fewer than 10 pictures.
-    """
-    pictures = NpzPictures(path)
-    if len(pictures) < FEWEST:
-        raise InputError(f"{path} holds {len(pictures)} pictures; a reference needs at least {FEWEST}")
-    collected = Collector(extractor.dimensions, len(pictures), extractor.device)
-    with tqdm(total=len(pictures), unit="image", desc="reference", leave=False) as bar:
-        for batch in pictures.batches(batch_size):
-            collected.add(extractor.see(batch)[0].cpu())
-            bar.update(len(batch))
-    statistics: RunningStatistics = collected.statistics
-    count: int | None = statistics.count
-    preparation = f"{pictures.height}x{pictures.width}, as in the file"
-    if extractor.is_inception and pictures.moments is not None:
-        mean, covariance = pictures.moments
-        d = extractor.dimensions
+def _labels(files: list[Path], class_names: Sequence[str], mapping: str | None) -> Tensor | None:
+    """Classes (n,) by the folders' names, or the names that a JSON file maps them to; None if one is unknown."""
+    folders = read_json(mapping) if mapping else {}
+    labels = {name: label for label, name in enumerate(class_names)}
+    names = [folders.get(path.parent.name, path.parent.name) for path in files]
+    unknown = next((name for name in names if name not in labels), None)
+    if unknown is not None:
+        logger.warning("folder %s is no class: class accuracy of the reference needs --class-names", unknown)
+        return None
+    return torch.tensor([labels[name] for name in names])
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return dict(content)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is no .npz, or damaged ({error}); copy it again, or give another") from error
+
+
+def _npz_images(
+    path: Path, content: dict[str, NDArray[Any]], extractor: FeatureExtractor
+) -> tuple[Tensor, RunningStatistics | None]:
+    """Images (n 3 h w) uint8 and, for Inception, mean and covariance, as the guided-diffusion evaluator uses them."""
+    images, d = content.get("arr_0", np.empty(0)), extractor.dimensions
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"{path} has arr_0 of {images.dtype} {images.shape}; needed is uint8 (n, h, w, 3)")
+    moments = None
+    if extractor.is_inception and {"mu", "sigma"} <= content.keys():
+        mean, covariance = torch.from_numpy(content["mu"]), torch.from_numpy(content["sigma"])
         if mean.shape != (d,) or covariance.shape != (d, d):
-            shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
-            raise InputError(f"{path} has {shapes}; needed are ({d},) and ({d}, {d})")
-        statistics, count = RunningStatistics.from_moments(mean, covariance), None
-        preparation += "; mean and covariance are the file's (mu, sigma), of as many pictures as it does not tell"
-    features = collected.features()
-    with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Reference(
-        about=About(
-            name=path.as_posix(), fingerprint=fingerprint, count=count, kept=len(features),
-            preparation=preparation, drawn_by=pictures.drawn_by,
-        ),
-        statistics=statistics,
-        features=features,
-    )  # fmt: skip
+            raise InputError(f"{path} has mu and sigma of other shapes than ({d},) and ({d}, {d})")
+        moments = RunningStatistics.from_moments(mean, covariance)
+    return rearrange(torch.from_numpy(images), "n h w c -> n c h w"), moments
 
 
-def saved_path(name: str) -> Path:
-    """Where a reference of that name is kept: below $XDG_CACHE_HOME, or ~/.cache.
-
-    Raises:
-        InputError: a name that is none.
-    """
-    if not NAME.fullmatch(name):
-        raise InputError(f"reference name {name!r} is not allowed; use letters, digits, dots, dashes and underscores")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "channeltok" / "references" / f"{name}.safetensors"
-
-
-def save_reference(reference: Reference, name: str, extractor: FeatureExtractor) -> None:
-    """Keep a reference under a name, for `saved_reference`."""
-    statistics = reference.statistics
-    tensors = {"mean": statistics.mean, "scatter": statistics.scatter, "features": reference.features}
-    about = asdict(reference.about) | {"statistics_count": statistics.count}
-    header = {"about": json.dumps(about), "extractor": extractor.fingerprint, "network": extractor.name}
-    save_tensors(saved_path(name), tensors, header)
-
-
-def saved_reference(name: str, extractor: FeatureExtractor) -> Reference:
-    """A reference that was kept under a name.
-
-    Raises:
-        InputError: none of that name, or one that another network has seen.
-    """
-    path = saved_path(name)
-    if not path.is_file():
-        known = sorted(other.stem for other in path.parent.glob("*.safetensors"))
+def _saved(path: Path, content: dict[str, NDArray[Any]], extractor: FeatureExtractor) -> Reference:
+    header = json.loads(str(content["about"]))
+    if header["network"] != f"{extractor.name} {extractor.fingerprint}":
         raise InputError(
-            f"reference {name} is no folder, no .npz file and no saved name; saved are: {', '.join(known) or 'none'}"
+            f"{path} has features of {header['network']}, not {extractor.name} {extractor.fingerprint}; give images"
         )
-    header = load_tensors_metadata(path)
-    if header.get("extractor") != extractor.fingerprint:
-        raise InputError(
-            f"reference {name} was seen by {header.get('network')} {header.get('extractor')}, these samples are by "
-            f"{extractor.name} {extractor.fingerprint}; give the images, and --save-reference another name"
-        )
-    tensors = load_tensors(path)
-    about = json.loads(header["about"])
-    statistics = RunningStatistics(extractor.dimensions)
-    statistics.count = about.pop("statistics_count")
-    statistics.mean, statistics.scatter = tensors["mean"], tensors["scatter"]
-    return Reference(about=About(**about), statistics=statistics, features=tensors["features"])
+    mean, covariance, features = (torch.from_numpy(content[name]) for name in ("mu", "sigma", "features"))
+    statistics = RunningStatistics.from_moments(mean, covariance)
+    return Reference(about=header["about"], statistics=statistics, features=features)
