@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -276,17 +276,24 @@ class ChannelTokPipeline:
         """A decoder, and refiner, of tokens of these classes and seeds."""
         return StreamImages(self.pictures, self.refiner, class_labels, seeds)
 
-    def refinement(self, refine: int | Refinement | None) -> Refinement | None:
-        """How final images are refined, None for not at all, from the argument of `stream`.
+    def refinement(self, refine: int | Refinement | None, **changes: float | None) -> Refinement | None:
+        """How final images are refined, None for not at all.
+
+        Args:
+            refine: as in `stream`.
+            changes: other fields of `Refinement`; None leaves a field as it is.
 
         Raises:
-            InputError: a negative number of steps, or refinement without a refiner.
+            InputError: a value that is not allowed, refinement without a refiner, or changes without refinement.
         """
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if refine == 0 or (refine is None and self.refiner is None):
+            if given:
+                raise InputError(f"refine_{next(iter(given))} is given, but images are not refined; omit it")
             return None
         if self.refiner is None:
             raise InputError("refine is given, but this model has no refiner/; use 0, or train one (train_refiner.py)")
-        return Refinement() if refine is None else refinement_of(refine)
+        return replace(Refinement() if refine is None else refinement_of(refine), **given)
 
     def stream_best(
         self,

@@ -109,14 +109,11 @@ def request_of(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTok
     Raises:
         InputError: flags that do not fit the model or each other, or a drawing that cannot be continued.
     """
-    refinement = pipeline.refinement(config.refine)
-    flags = {"cfg_scale": config.refine_cfg_scale, "temperature": config.refine_temperature}
-    settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if refinement is not None:
-        refinement = replace(refinement, **settings)
-    elif settings or config.refine_previews:
-        named = f"refine_{next(iter(settings), 'previews')}"
-        raise InputError(f"{named} is given, but images are not refined; omit it")
+    refinement = pipeline.refinement(
+        config.refine, cfg_scale=config.refine_cfg_scale, temperature=config.refine_temperature
+    )
+    if config.refine_previews and refinement is None:
+        raise InputError("refine_previews is given, but images are not refined; omit it")
     if config.continue_from is None:
         request = _fresh_request(config, given, pipeline)
     else:

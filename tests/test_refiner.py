@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASS_NAMES, ScriptRunner
+from measurement import classes_of, measure, rows, words
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -274,6 +275,25 @@ def test_sample_py_refines_with_the_refiner_of_the_model(
         assert done.code == 0, done.err
     for path, different in (("00000.png", 3), ("previews/00001_k0004.png", 2), ("tokens.npz", 1)):
         assert len({(tmp_path / name / path).read_bytes() for name in "abc"}) == different, path
+
+
+def test_fid_measures_decoded_and_refined_images_of_the_same_tokens(
+    scripts: ScriptRunner, model_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    flags = words(model_folder, photographs, classifier, tmp_path / "both")
+    assert measure(scripts, *flags, "--num-samples", 10, "--refine", 2, "--save-npz").code == 0
+    flags = words(model_folder, photographs, classifier, tmp_path / "plain")
+    assert measure(scripts, *flags, "--num-samples", 10, "--refine", 0).code == 0
+    found = rows(tmp_path / "both")
+    assert [(row["num_tokens"], row["refined"]) for row in found] == [(k, r) for r in (False, True) for k in (2, 7, 16)]
+    assert found[:3] == rows(tmp_path / "plain")
+    pipe = ChannelTokPipeline.from_pretrained(model_folder, "cpu")
+    expected = [pipe([label], 7, seed=i, refine=2).images[0] for i, label in enumerate(classes_of(10))]
+    with np.load(tmp_path / "both" / "samples-k0007-refined.npz") as archive:
+        assert np.abs(archive["arr_0"].astype(int) - pixels(expected)).max() <= 1
+    done = measure(scripts, *flags, "--num-samples", 10, "--refine", 2)
+    assert done.code == 2
+    assert "measured with refinement = None" in done.err
 
 
 @pytest.mark.parametrize(

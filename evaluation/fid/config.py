@@ -21,6 +21,14 @@ class FidConfig:
     reference: str = field(metadata={"help": "folder of images, or .npz of guided-diffusion or of --save-reference"})
     num_tokens: list[int] | None = field(default=None, metadata={"help": "each k; default: 1 4 16 32 64 ... and all C"})
     num_samples: int = field(default=FULL, metadata={"help": "N, split evenly over the classes"})
+    refine: int | None = field(
+        default=None,
+        metadata={"help": "steps of the refiner, for a second row of each k; default: as in sample.py"},
+    )
+    refine_cfg_scale: float | None = field(default=None, metadata={"help": "guidance of the refiner; default: 1"})
+    refine_temperature: float | None = field(
+        default=None, metadata={"help": "standard deviation of the refiner's noise; default: 0.8"}
+    )
     seed: int = field(default=0, metadata={"help": "sample i is drawn with seed + i"})
     batch_size: int = field(default=64, metadata={"help": "samples drawn together; an interruption loses one batch"})
     features: str | None = field(default=None, metadata={"help": "classifier whose features replace Inception's"})

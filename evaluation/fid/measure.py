@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import load_tensor, read_json, save_tensors, write_text, written_whole
+from common.checkpoint import fingerprint, load_tensor, read_json, save_tensors, write_text, written_whole
 from common.errors import InputError
 from common.images import save_png, to_pil
 from common.measuring import machine, synchronize, versions
@@ -30,6 +30,7 @@ from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 
 logger = logging.getLogger(__name__)
+REFINED = "-refined"  # suffix of names
 # tokens (b C), k, class labels, seeds -> images (b 3 H W) uint8
 Variant = Callable[[Tensor, int, Sequence[int], Sequence[int]], Tensor]
 
@@ -58,6 +59,14 @@ class Samples:
         self.token_counts = config.token_counts(pipeline.config.num_channels)
         # how images are made, by suffix of file and tensor names
         self.variants: dict[str, Variant] = {"": lambda tokens, k, labels, seeds: pipeline.pictures(tokens[:, :k])}
+        refinement = pipeline.refinement(
+            config.refine, cfg_scale=config.refine_cfg_scale, temperature=config.refine_temperature
+        )
+        refiner = pipeline.refiner
+        if refinement is not None and refiner is not None:
+            self.variants[REFINED] = lambda tokens, k, labels, seeds: refiner(
+                pipeline.pictures(tokens[:, :k]), [k] * len(labels), labels, seeds, refinement
+            )
         self.labels = sample_labels(self.count, pipeline.config.num_classes)
         self.settings = {
             "model": pipeline.fingerprint,
@@ -70,6 +79,8 @@ class Samples:
             "dtype": config.dtype,
             "pictures_dtype": str(pipeline.pictures.dtype).removeprefix("torch."),
             "compile": config.compile,
+            "refinement": None if refinement is None else asdict(refinement),
+            "refiner": None if refinement is None or refiner is None else fingerprint(refiner.refiner),
             "device": networks.extractor.device.type,
         }
         path = self.folder / "settings.json"
@@ -157,6 +168,7 @@ class Samples:
         decode_seconds = torch.stack(self.load(f"decode_seconds.{name}")).sum()
         return {
             "num_tokens": k,
+            "refined": name.endswith(REFINED),
             distance: frechet_distance(statistics, reference.statistics),
             **sample_metrics(torch.cat(features).to(statistics.mean.device), logits, reference.features),
             "class_accuracy": accuracy,
@@ -249,12 +261,13 @@ def _results(samples: Samples, reference: Reference, workers: Team, command: str
         "network": {"name": network.name, "fingerprint": network.fingerprint},
         "model": model | {"image_size": pipeline.tokenizer.config.image_size} | sizes,
         **{name: samples.settings[name] for name in ("sampling", "seed", "classifier", "pictures_dtype")},
+        **{name: samples.settings[name] for name in ("refinement", "refiner")},
         "settings": asdict(samples.config),
         "command": command,
         "machine": machine(workers.device),
         "versions": versions(["torch-fidelity"]),
         "pass_seconds": {
-            "draw": rows[-1]["draw_seconds"] * samples.count,
+            "draw": max(row["draw_seconds"] for row in rows) * samples.count,
             "decode": sum(row["decode_seconds"] for row in rows) * samples.count,
         },
     }

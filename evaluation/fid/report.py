@@ -54,25 +54,29 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     """
     rows = results["rows"]
     shown = {name: label for name, label in results["labels"].items() if rows[0][name] is not None}
-    panels = [
-        Panel(title=label, lines={"samples": [(row["num_tokens"], row[name]) for row in rows]}, y_scale="linear")
-        for name, label in shown.items()
-    ]
+    panels = []
+    for name, label in shown.items():
+        lines = {
+            title: [(row["num_tokens"], row[name]) for row in rows if row["refined"] == refined]
+            for refined, title in ((False, "decoded"), (True, "refined"))
+        }
+        panels.append(Panel(title=label, lines={name: line for name, line in lines.items() if line}, y_scale="linear"))
     title = f"{results['model']['name']} against {results['reference']['name']}"
     save_line_plot(
         panels, folder / "quality.png", title=title, x_label="k, tokens", columns=3, share_y=False, log2_x=True
     )
-    lines = [f"# {title}", "", f"`{results['command']}`", "", *table_head(["k", *shown.values(), "seconds a sample"])]
+    text = [f"# {title}", "", f"`{results['command']}`", "", *table_head(["k", *shown.values(), "seconds a sample"])]
     for row in rows:
         figures = [format(row[name], FORMS[name]) for name in shown]
         seconds = f"{row['draw_seconds'] + row['decode_seconds']:.3g}"
-        lines.append(table_line([str(row["num_tokens"]), *figures, seconds]))
-        logger.info("k = %d  %s", row["num_tokens"], "  ".join(map("{}: {}".format, shown.values(), figures)))
+        name = f"{row['num_tokens']}{' refined' if row['refined'] else ''}"
+        text.append(table_line([name, *figures, seconds]))
+        logger.info("k = %s  %s", name, "  ".join(map("{}: {}".format, shown.values(), figures)))
     sampling = ", ".join(f"{name} {value}" for name, value in results["sampling"].items())
-    lines += ["", f"Sampling: {sampling}. Reference and all other settings: results.json."]
+    text += ["", f"Sampling: {sampling}. Reference and all other settings: results.json."]
     if results["anchors"] is not None:
-        lines += ["", "Anchors:", *_anchor_lines(results["anchors"])]
-    write_text(folder / "results.md", "\n".join([*lines, ""]))
+        text += ["", "Anchors:", *_anchor_lines(results["anchors"])]
+    write_text(folder / "results.md", "\n".join([*text, ""]))
     write_text(folder / "results.json", json.dumps(results, indent=1))
     logger.info("results.json, results.md and quality.png written to %s", folder)
 
@@ -88,16 +92,20 @@ def _anchor_lines(anchors: dict[str, Any]) -> list[str]:
 
 
 def write_sweep(combinations: list[dict[str, Any]], found: list[dict[str, Any]], config: FidConfig) -> None:
-    """Write sweep.md and sweep.json; with config.write_settings the best settings of each k to the model's folder.
+    """Write sweep.md and sweep.json, of refined images if there are any.
+
+    With config.write_settings, write the best settings of each k to the model's folder.
 
     Args:
         combinations: the settings that were varied.
         found: the content of results.json of each.
         config: all other settings.
     """
-    first, token_counts = found[0], [row["num_tokens"] for row in found[0]["rows"]]
+    refined = found[0]["refinement"] is not None
+    compared = [[row for row in results["rows"] if row["refined"] == refined] for results in found]
+    first, token_counts = found[0], [row["num_tokens"] for row in compared[0]]
     distance, label = next(iter(first["labels"].items()))
-    table = [[row[distance] for row in results["rows"]] for results in found]
+    table = [[row[distance] for row in rows] for rows in compared]
     # for each k the index of the combination with the lowest distance
     best = {k: min((values[j], i) for i, values in enumerate(table))[1] for j, k in enumerate(token_counts)}
     lines = [f"# Settings of {config.model}", "", f"`{first['command']}`", "", f"{label}; the best of each k is bold."]
