@@ -35,8 +35,7 @@ class _Block(nn.Module):
         self.stride = stride
 
     def forward(self, maps: Tensor) -> Tensor:
-        inner = F.silu(self.norm1(self.conv1(maps)))
-        inner = self.norm2(self.conv2(inner))
+        inner = self.norm2(self.conv2(F.silu(self.norm1(self.conv1(maps)))))
         # rounded up where a side is odd, as the convolution does
         beside = F.avg_pool2d(maps, self.stride, ceil_mode=True) if self.stride > 1 else maps
         return F.silu(inner + self.shortcut(beside))
@@ -79,8 +78,8 @@ class PictureClassifier(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with weights in bfloat16, and the network and class names in its header."""
+        # a single entry: safetensors writes several in another order each time
         about = json.dumps({"config": asdict(self.config), "class_names": self.class_names})
-        # one entry alone: safetensors writes several in another order each time
         save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, {KIND: about})
 
     @classmethod

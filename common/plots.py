@@ -36,7 +36,6 @@ def save_line_plot(
     title: str,
     x_label: str,
     columns: int,
-    y_label: str = "",
     limit_label: str = "",
     dashed: Collection[str] = (),
     log2_x: bool = False,
@@ -53,7 +52,7 @@ def save_line_plot(
     figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
-        axis.set(title=panel.title, xlabel=x_label, ylabel=y_label, yscale=panel.y_scale)
+        axis.set(title=panel.title, xlabel=x_label, yscale=panel.y_scale)
         if log2_x:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_minor_locator(NullLocator())

@@ -71,21 +71,18 @@ def train_classifier(
 
     @torch.no_grad()
     def evaluate(averaged: PictureClassifier, step: int) -> dict[str, Any]:
-        nats: list[Tensor] = []
-        hits: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for batch in tqdm(held_batches, desc="evaluation", leave=False):
             unreadable.note(batch)
             if len(batch.images):
-                logits = averaged(to_float(batch.images.to(device))).float().cpu()
-                nats.append(F.cross_entropy(logits, batch.labels, reduction="none"))
-                hits.append(logits.argmax(1) == batch.labels)
-        if not nats:
+                parts.append((averaged(to_float(batch.images.to(device))).float().cpu(), batch.labels))
+        if not parts:
             raise InputError(f"no image of {val_source.name} can be read; see the lines above")
-        found = {"nats": torch.cat(nats).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
-        logger.info(
-            "step %d: %.1f%% of held-out images correct, %.3f nats", step, 100 * found["accuracy"], found["nats"]
-        )
-        return {name: round(value, 4) for name, value in found.items()}
+        logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        nats = F.cross_entropy(logits, labels, reduction="none").mean().item()
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        logger.info("step %d: %.1f%% of held-out images correct, %.3f nats", step, 100 * accuracy, nats)
+        return {"nats": round(nats, 4), "accuracy": round(accuracy, 4)}
 
     def export(averaged: PictureClassifier) -> None:
         averaged.save(Path(training.output_dir) / "features.safetensors")

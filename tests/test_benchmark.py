@@ -17,17 +17,23 @@ from torch import nn
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from common.plots import Panel, save_line_plot
-from evaluation.speed import limits, samplers
+from evaluation.speed import measure, samplers
 from evaluation.speed.config import SAMPLERS, SpeedConfig
-from evaluation.speed.limits import bytes_per_token, read_bandwidth
-from evaluation.speed.measure import measure_speed, random_config, rows_of, run_rounds
+from evaluation.speed.measure import (
+    bytes_per_token,
+    measure_speed,
+    random_config,
+    read_bandwidth,
+    rows_of,
+    run_rounds,
+)
 from evaluation.speed.report import table
 from evaluation.speed.samplers import Task, build_samplers, draw_transformers, draw_uncached, llama_of
 from generator.engine import Engine
 from generator.model import ChannelGPT
 
 C = 16
-SMALL_PROBE = "import evaluation.speed.limits as limits; limits.PROBE_BYTES = 2**20"
+SMALL_PROBE = "import evaluation.speed.measure as measure; measure.PROBE_BYTES = 2**20"
 FIELDS = {
     "sampler", "device", "dtype", "batch_size", "cfg_scale", "num_tokens", "ms_per_token", "ms_per_token_min",
     "decode_ms", "images_per_second", "first_preview_ms", "bytes_per_token", "fraction_of_limit", "estimated",
@@ -36,7 +42,7 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "PROBE_BYTES", 2**20)
+    monkeypatch.setattr(measure, "PROBE_BYTES", 2**20)
 
 
 def speed(scripts: ScriptRunner, *words: object, cwd: Path) -> Finished:

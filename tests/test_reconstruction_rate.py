@@ -54,11 +54,12 @@ def found(
 
     config = ReconstructionConfig(
         tokenizer="tiny", perceptual="none", inception="none", num_workers=0, device="cpu", batch_size=4,
-        num_tokens=[1, 5, C], sheet_images=0, prior_images=9, prior_steps=30, prior_samples=10,
-        features=str(classifier),
+        num_tokens=[1, 5, C], sheet_images=0, prior_images=9, features=str(classifier),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rate, "fit_bit_prior", fit)
+        patch.setattr(rate, "STEPS", 30)
+        patch.setattr(rate, "SAMPLES", 10)
         return measure_reconstruction(tiny_tokenizer, DataConfig(data_dir=str(image_folder)), config)[0]
 
 
@@ -113,8 +114,9 @@ def test_a_fitted_prior_needs_fewer_bits_than_the_tokens_have(
 ) -> None:
     words = ["--tokenizer", pipeline_folder / "tokenizer", "--data-dir", image_folder, "--num-tokens", 1, C]
     words += ["--perceptual", "none", "--inception", "none", "--num-workers", 0, "--device", "cpu"]
-    words += ["--prior-images", 12, "--prior-steps", 20, "--sheet-images", 0, "--output-dir", "out"]
-    done = scripts("benchmark.py", "reconstruction", *words, cwd=tmp_path)
+    words += ["--prior-images", 12, "--sheet-images", 0, "--output-dir", "out"]
+    before = "import evaluation.reconstruction.rate as rate; rate.STEPS = 20"
+    done = scripts("benchmark.py", "reconstruction", *words, cwd=tmp_path, before=before)
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["prior"]["nats"]) == C

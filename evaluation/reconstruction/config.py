@@ -6,10 +6,7 @@ from typing import Literal
 from common.errors import InputError, check_num_tokens
 from tokenizer.config import check_ssim_size, evaluation_lengths
 
-LEAST = {
-    "max_images": 1, "batch_size": 1, "num_workers": 0, "curve_images": 0, "sheet_images": 0,
-    "prior_images": 0, "prior_steps": 1, "prior_samples": 2,
-}  # fmt: skip
+LEAST = {"max_images": 1, "batch_size": 1, "num_workers": 0, "curve_images": 0, "sheet_images": 0, "prior_images": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +43,6 @@ class ReconstructionConfig:
         default=0,
         metadata={"help": "training images to fit a linear prior to, for the rate of held-out tokens; 0: no rate"},
     )
-    prior_steps: int = field(default=1200, metadata={"help": "steps of that fit, of 512 images each"})
-    prior_samples: int = field(default=2000, metadata={"help": "samples of that prior for --features"})
     features: str | None = field(
         default=None,
         metadata={"help": "classifier of `benchmark.py features`, for the distance of the prior's samples"},

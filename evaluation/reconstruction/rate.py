@@ -17,7 +17,8 @@ from tokenizer.extraction import VIEWS, tokenize_files
 from tokenizer.sources import ImageSource
 from tokenizer.tokenizer import ChannelTokenizer
 
-FIT_BATCH = 512  # images a step of the prior's fit
+STEPS, BATCH = 1200, 512  # of the prior's fit, and images in each
+SAMPLES = 2000  # for the distance
 
 
 class Distances:
@@ -68,13 +69,13 @@ def fit_prior(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         rng = torch.Generator().manual_seed(0)
-        size = min(FIT_BATCH, len(labels))
+        size = min(BATCH, len(labels))
         while True:
             rows = torch.randint(len(labels), (size,), generator=rng)
             views = torch.randint(tokens.shape[1], (size,), generator=rng)
             yield token_bits(tokens[rows, views].to(device), model.num_bits), labels[rows].to(device)
 
-    fit_bit_prior(prior, batches(), steps=config.prior_steps)
+    fit_bit_prior(prior, batches(), steps=STEPS)
     return prior.requires_grad_(False), len(labels)
 
 
@@ -89,17 +90,13 @@ def mean_nats(prior: BitPrior, tokens: Tensor, class_labels: Tensor, batch_size:
 
 
 def add_samples(
-    distances: Distances,
-    prior: BitPrior,
-    pictures: Callable[[Tensor], Tensor],
-    budgets: list[int],
-    config: ReconstructionConfig,
+    distances: Distances, prior: BitPrior, pictures: Callable[[Tensor], Tensor], budgets: list[int], batch_size: int
 ) -> None:
     """Draw samples and add their pictures at every k to `distances`.
 
     Sample i has seed i and class i % num_classes for any tokenizer; `pictures`: tokens (b k) -> (b 3 H W) uint8.
     """
-    for seeds in tqdm(torch.arange(config.prior_samples).split(config.batch_size), desc="samples", leave=False):
+    for seeds in tqdm(torch.arange(SAMPLES).split(batch_size), desc="samples", leave=False):
         tokens = pack_bits(prior.sample(seeds % prior.null_label, seeds.tolist()))
         for k in budgets:
             distances.add(k, pictures(tokens[:, :k]))

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import resolve_folder
-from common.measuring import machine, versions
+from common.measuring import machine, synchronize, versions
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
 from evaluation.speed.config import DEFAULT_GENERATOR, DEFAULT_TOKENIZER, NO_TOKENIZER, SpeedConfig
-from evaluation.speed.limits import bytes_per_token, read_bandwidth
 from evaluation.speed.samplers import Draw, Task, build_samplers, draw_pictures
 from generator.config import GENERATOR_SIZES, ChannelGPTConfig
 from generator.model import ChannelGPT
@@ -27,7 +26,8 @@ from tokenizer.decoding import PictureDecoder
 from tokenizer.published import published_config
 from tokenizer.tokenizer import ChannelTokenizer
 
-NUM_CLASSES = 1000
+PROBE_BYTES = 512 * 2**20  # well beyond any cache
+PASSES = 3
 DECODING = "decoding"  # beside the samplers
 Milliseconds = npt.NDArray[np.float64]
 
@@ -38,7 +38,7 @@ def random_config(size: str, num_channels: int = 256, num_bits: int = 14) -> Cha
         **vars(GENERATOR_SIZES[size]),
         num_channels=num_channels,
         num_bits=num_bits,
-        class_names=[str(label) for label in range(NUM_CLASSES)],
+        class_names=[str(label) for label in range(1000)],
         tokenizer_fingerprint="random weights",
         has_null_label=True,
     )
@@ -63,6 +63,32 @@ def load_models(config: SpeedConfig) -> tuple[ChannelGPT, ChannelTokenizer | Non
         return ChannelGPT(random_config(size, tokenizer.config.num_channels, tokenizer.config.num_bits)), tokenizer
 
 
+def bytes_per_token(model: ChannelGPT, sequences: int, num_tokens: int) -> float:
+    """Bytes that a step must read at least, mean over the first `num_tokens` steps with `sequences` rows in each.
+
+    Counted are the weights of the blocks, once, and in step i, from 0, the keys and values of i earlier positions.
+    """
+    weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
+    position = 2 * model.config.num_layers * sequences * model.config.hidden_size * model.dtype.itemsize
+    return weights + position * (num_tokens - 1) / 2
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast this device reads its memory, in GB/s (10**9): the fastest pass of two plain ways."""
+    values = torch.ones(PROBE_BYTES // 4, device=device)
+    matrix, vector = values.view(-1, 2048), torch.ones(2048, device=device)
+    ways: list[Callable[[], Tensor]] = [values.sum, lambda: matrix @ vector]
+    seconds = []
+    for way in ways:
+        for _ in range(1 + PASSES):
+            synchronize(device)
+            start = time.perf_counter()
+            way()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return PROBE_BYTES / min(seconds) / 1e9
+
+
 def run_rounds(
     draws: Mapping[str, Draw], task: Task, repeats: int, between: Callable[[], None]
 ) -> dict[str, Milliseconds]:
@@ -75,16 +101,12 @@ def run_rounds(
     """
     names = list(draws)
     found: dict[str, list[list[float]]] = {name: [] for name in names}
-    with tqdm(total=len(names) * (2 + repeats), unit="run", leave=False) as bar:
-        for name in (*names, *names):
-            draws[name](task)
-            bar.update()
-        for turn in range(repeats):
-            between()
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                found[name].append(draws[name](task))
-                bar.update()
+    starts = [turn % len(names) for turn in range(repeats)]
+    for turn, order in enumerate([names * 2, *(names[first:] + names[:first] for first in starts)]):
+        for name in tqdm(order, desc=f"round {turn} of {repeats}", leave=False):
+            milliseconds = draws[name](task)
+            if turn:
+                found[name].append(milliseconds)
         between()
     return {name: np.array(results) for name, results in found.items()}
 
@@ -124,8 +146,8 @@ def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, con
     measured between rounds, so that other work on the machine slows all of them alike.
 
     Returns:
-        What speed.json holds, without the command. rows: see `rows_of`, with bytes_per_token, see `limits`, and the
-        time to read these over the time taken. bandwidth_gb_s: GB/s (10**9 bytes), the best of all measurements.
+        What speed.json holds, without the command. rows: see `rows_of`, with bytes_per_token and the time to read these
+        over the time taken, fraction_of_limit. bandwidth_gb_s: GB/s (10**9 bytes), the best of all measurements.
 
     Raises:
         InputError: a device or a compiler that is not available, or a k or a guidance that the model does not have.

@@ -79,9 +79,8 @@ def write_report(found: dict[str, Any], output_dir: str | Path, command: str) ->
     save_line_plot(
         panels,
         folder / "speed.png",
-        title=f"Time to draw k tokens: {what}\n{where}",
+        title=f"Seconds to draw k tokens: {what}\n{where}",
         x_label="k, tokens drawn",
-        y_label="seconds from the call",
         limit_label="bound: weights and cache read once a token",
         columns=min(2, len(panels)),
         dashed={_label(row) for row in found["rows"] if row["estimated"]},

@@ -94,31 +94,27 @@ def draw_transformers(model: Any, config: ChannelGPTConfig, task: Task, cache: s
     return watch.milliseconds
 
 
+@torch.no_grad()
 def draw_uncached(model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task) -> list[float]:
     """Draw without a cache: transformers' forward over the whole prefix for every token.
 
     The time of a token depends on the length of its prefix alone. So tokens are drawn after random prefixes of a few
     lengths, and the times of the others are interpolated, piecewise linearly.
     """
-    last = task.budgets[-1]
+    last, each = task.budgets[-1], []
     lengths = [*(length for length in UNCACHED_LENGTHS if length < last), last]
     tokens = torch.randint(config.codebook_size, (task.sequences, last)).to(model.device)
-    each = [_uncached_token(model, tokens[:, :length], task.cfg_scale) for length in lengths]
+    for length in lengths:
+        watch = Stopwatch(model.device, [1])
+        logits = model(input_ids=tokens[:, :length], use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        if task.cfg_scale != 1:
+            conditional, unconditional = logits.chunk(2)
+            logits = torch.lerp(unconditional, conditional, task.cfg_scale)
+        torch.multinomial(logits.softmax(-1), num_samples=1)
+        watch.token()
+        each += watch.milliseconds
     until = np.cumsum(np.interp(np.arange(1, last + 1), lengths, each))
     return [float(until[k - 1]) for k in task.budgets]
-
-
-@torch.no_grad()
-def _uncached_token(model: LlamaForCausalLM, tokens: Tensor, cfg_scale: float) -> float:
-    """Draw a token after a prefix (b k): milliseconds."""
-    watch = Stopwatch(model.device, [1])
-    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    if cfg_scale != 1:
-        conditional, unconditional = logits.chunk(2)
-        logits = torch.lerp(unconditional, conditional, cfg_scale)
-    torch.multinomial(logits.softmax(-1), num_samples=1)
-    watch.token()
-    return watch.milliseconds[0]
 
 
 def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
@@ -134,7 +130,6 @@ def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
-            max_position_embeddings=config.num_channels + 1,
             rms_norm_eps=NORM_EPS,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             bos_token_id=None,
