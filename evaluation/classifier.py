@@ -84,9 +84,7 @@ def train_classifier(
         logger.info("step %d: %.1f%% of held-out images correct, %.3f nats", step, 100 * accuracy, nats)
         return {"nats": round(nats, 4), "accuracy": round(accuracy, 4)}
 
-    def export(averaged: PictureClassifier) -> None:
-        averaged.save(Path(training.output_dir) / "features.safetensors")
-
-    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
+    path = Path(training.output_dir) / "features.safetensors"
+    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=lambda averaged: averaged.save(path)))
     if unreadable.names:
         logger.warning("%d unreadable images were skipped, see above", len(unreadable.names))

@@ -17,7 +17,6 @@ BFLOAT16 = {
     "H200": 989, "H200 NVL": 835, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
 }  # fmt: skip
 OTHERS = {"D", "Laptop", "MIG", "Ti"}  # words that make a slower or faster product, or a part, of one of these names
-MEASURED = "fastest square matrix product here"
 
 
 class Peak(NamedTuple):
@@ -54,4 +53,4 @@ def peak_of(device: torch.device, dtype: str) -> Peak:
         known = [entry for entry in BFLOAT16 if f" {entry} " in f" {' '.join(words)} "]
         if known and not OTHERS & set(words):
             return Peak(BFLOAT16[max(known, key=len)] * 1e12, "data sheet")
-    return Peak(measured_flops(device, dtype), MEASURED)
+    return Peak(measured_flops(device, dtype), "fastest square matrix product here")

@@ -73,8 +73,8 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
         if found["rows"][0][measure] is not None
     ]
     title = f"Reconstruction from k tokens\n{name}: {where}"
-    path = folder / "plots.png"
-    save_line_plot(panels, path, title=title, x_label="k, tokens kept", columns=2, share_y=False, log2_x=True)
+    options: dict[str, Any] = {"columns": 2, "share_y": False, "log2_x": True}
+    save_line_plot(panels, folder / "plots.png", title=title, x_label="k, tokens kept", **options)
     if found["channel_gain"]:
         points = list(enumerate(found["channel_gain"], 1))[1:]
         panel = Panel(title="gain in PSNR, dB", lines={name: points}, y_scale="linear")
@@ -83,14 +83,7 @@ def _plots(found: dict[str, Any], folder: Path) -> None:
 
 
 def write_report(found: dict[str, Any], sheet: list[list[Tensor]], output_dir: str | Path, command: str) -> None:
-    """Write everything into a folder, each file whole.
-
-    Args:
-        found: results, of `measure_reconstruction`.
-        sheet: pictures, of `measure_reconstruction`.
-        output_dir: the folder.
-        command: the command line that repeats the measurement.
-    """
+    """Write results and pictures of `measure_reconstruction`, each file whole; `command` repeats the measurement."""
     folder, found = Path(output_dir), found | {"command": command}
     write_text(folder / "results.json", json.dumps(found, indent=1))
     write_text(folder / "results.md", table(found))

@@ -27,7 +27,6 @@ from tokenizer.published import published_config
 from tokenizer.tokenizer import ChannelTokenizer
 
 PROBE_BYTES = 512 * 2**20  # well beyond any cache
-PASSES = 3
 DECODING = "decoding"  # beside the samplers
 Milliseconds = npt.NDArray[np.float64]
 
@@ -80,7 +79,7 @@ def read_bandwidth(device: torch.device) -> float:
     ways: list[Callable[[], Tensor]] = [values.sum, lambda: matrix @ vector]
     seconds = []
     for way in ways:
-        for _ in range(1 + PASSES):
+        for _ in range(4):
             synchronize(device)
             start = time.perf_counter()
             way()
