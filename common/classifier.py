@@ -1,6 +1,6 @@
-"""A small classifier of photographs; its features stand in for Inception's where those cannot be had.
+"""A small classifier of photographs, whose features are used where Inception's weights are not available.
 
-A residual network (He et al., arXiv 1512.03385) with GroupNorm, so that what it says of a picture depends on that
+A residual network (He et al., arXiv 1512.03385) with GroupNorm, so that its output for a picture depends on that
 picture alone. `benchmark.py features` trains one.
 """
 
@@ -30,34 +30,26 @@ class _Block(nn.Module):
         self.norm1 = nn.GroupNorm(GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(GROUPS, outputs)
-        nn.init.zeros_(self.norm2.weight)  # a fresh block passes on what it gets
+        nn.init.zeros_(self.norm2.weight)  # a fresh block is close to the identity
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
         self.stride = stride
 
     def forward(self, maps: Tensor) -> Tensor:
-        inner = F.silu(self.norm1(self.conv1(maps)))
-        inner = self.norm2(self.conv2(inner))
+        inner = self.norm2(self.conv2(F.silu(self.norm1(self.conv1(maps)))))
         # rounded up where a side is odd, as the convolution does
         beside = F.avg_pool2d(maps, self.stride, ceil_mode=True) if self.stride > 1 else maps
         return F.silu(inner + self.shortcut(beside))
 
 
 class PictureClassifier(nn.Module):
-    """Class logits of pictures, and the feature maps on the way there.
-
-    Args:
-        config: the network.
-        class_names: a name for each class, in the order of the labels.
-    """
+    """Class logits and feature maps of pictures; `class_names` has a name for each label, in order."""
 
     def __init__(self, config: ClassifierConfig, class_names: list[str]):
         super().__init__()
-        self.config, self.class_names = config, class_names
-        widths = config.widths
+        self.config, self.class_names, widths = config, class_names, config.widths
         self.stem = nn.Conv2d(3, widths[0], 4, 2, 1)
-        inputs = [widths[0], *widths[:-1]]
         strides = [1] + [2] * (len(widths) - 1)
-        self.blocks = nn.ModuleList(map(_Block, inputs, widths, strides))
+        self.blocks = nn.ModuleList(map(_Block, [widths[0], *widths[:-1]], widths, strides))
         self.head = nn.Linear(widths[-1], len(class_names))
         nn.init.zeros_(self.head.weight)
 
@@ -69,7 +61,7 @@ class PictureClassifier(nn.Module):
         return found[1:]
 
     def features(self, images: Tensor) -> Tensor:
-        """As `maps` -> (b widths[-1]), the last map's mean over places."""
+        """As `maps` -> (b widths[-1]), the mean of the last map over positions."""
         return self.maps(images)[-1].mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,17 +70,16 @@ class PictureClassifier(nn.Module):
         return logits
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Pictures (b 3 H W) uint8 of any size -> float32 in [-1, 1], resized (bilinear, antialiased) if need be."""
-        size = self.config.classifier_size
-        floats = to_float(images)
-        if images.shape[-2:] == (size, size):
-            return floats
-        return F.interpolate(floats, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        """Pictures (b 3 H W) uint8 -> (b 3 s s) in [-1, 1], resized if necessary (bilinear, antialiased)."""
+        size = (self.config.classifier_size, self.config.classifier_size)
+        if images.shape[-2:] == size:
+            return to_float(images)
+        return F.interpolate(to_float(images), size, mode="bilinear", antialias=True, align_corners=False)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, weights in bfloat16; network and class names stand in its header."""
+        """Write one safetensors file with weights in bfloat16, and the network and class names in its header."""
+        # a single entry: safetensors writes several in another order each time
         about = json.dumps({"config": asdict(self.config), "class_names": self.class_names})
-        # one entry alone: safetensors writes several in another order each time
         save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, {KIND: about})
 
     @classmethod
@@ -96,7 +87,7 @@ class PictureClassifier(nn.Module):
         """Read what `save` wrote; frozen, in evaluation mode, float32.
 
         Raises:
-            InputError: no such file, or not one of ours.
+            InputError: no such file, or not one that `save` wrote.
         """
         header = load_tensors_metadata(path)
         if KIND not in header:
@@ -106,5 +97,5 @@ class PictureClassifier(nn.Module):
             model = cls(ClassifierConfig(**about["config"]), about["class_names"])
             model.load_state_dict({k: v.float() for k, v in load_tensors(path).items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is no whole classifier ({error}); copy or train it again") from error
+            raise InputError(f"{path} is not a complete classifier ({error}); copy or train it again") from error
         return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Training the small classifier of `common.classifier` on photographs with classes."""
+"""Train the small classifier of `common.classifier` on photographs with classes."""
 
 import logging
 from dataclasses import asdict
@@ -25,15 +25,11 @@ from training.loop import Loop, RunTasks, StepLoss
 from training.schedule import Part
 
 logger = logging.getLogger(__name__)
-WEIGHTS = "features.safetensors"
 EVALUATION_BATCH = 64
 
 
 def train_classifier(
-    training: ClassifierTrainingConfig,
-    data: DataConfig,
-    augmentation: AugmentationConfig,
-    config: ClassifierConfig,
+    training: ClassifierTrainingConfig, data: DataConfig, augmentation: AugmentationConfig, config: ClassifierConfig
 ) -> None:
     """Train a classifier; training.output_dir gets features.safetensors (averaged weights), checkpoints/ and log.jsonl.
 
@@ -44,67 +40,51 @@ def train_classifier(
     check_same_classes(train_source, val_source)
     names = read_json(training.class_names) if training.class_names else {}
     accelerator = make_accelerator(training)
+    device = accelerator.device
     model = PictureClassifier(config, [str(names.get(name, name)) for name in train_source.classes])
-    identity = {
-        "model": asdict(config),
-        "augmentation": asdict(augmentation),
-        "images": train_source.fingerprint(),
-    }
     if training.compile:
-        check_can_compile(accelerator.device)
+        check_can_compile(device)
         model.compile()
-    loop = Loop(model, training, accelerator, identity)
-    unreadable = UnreadableFiles(training.strict)
-
-    def loader(images: ImageDataset, batches: Any) -> Any:
-        return DataLoader(
-            images,
-            batch_sampler=batches,
-            num_workers=training.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
-            collate_fn=collate,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    identity = {"model": asdict(config), "augmentation": asdict(augmentation), "images": train_source.fingerprint()}
+    loop, unreadable = Loop(model, training, accelerator, identity), UnreadableFiles(training.strict)
 
     size, seed = config.classifier_size, training.seed
     images = ImageDataset(train_source, size, augmentation=augmentation, seed=seed, replace_unreadable=True)
     held = ImageDataset(val_source, size, augmentation=None, seed=seed, replace_unreadable=False)
-    keys = [(index, 0) for index in range(len(held))]
-    held_batches = loader(held, [keys[i : i + EVALUATION_BATCH] for i in range(0, len(keys), EVALUATION_BATCH)])
+    options: dict[str, Any] = {
+        "num_workers": training.num_workers,
+        "worker_init_fn": leave_signals_to_the_trainer,
+        "collate_fn": collate,
+        "pin_memory": device.type == "cuda",
+    }
+    batches = DataLoader(images, batch_sampler=loop.sampler(len(images)), **options)
+    held_batches = DataLoader(held, batch_size=EVALUATION_BATCH, sampler=[(i, 0) for i in range(len(held))], **options)
 
-    def loss(model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
+    def loss(network: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
         unreadable.note(batch)
         if not len(batch.images):
             raise InputError(f"no image of {train_source.name} can be read; see the lines above")
-        pictures = to_float(batch.images.to(accelerator.device, non_blocking=True))
-        labels = batch.labels.to(accelerator.device, non_blocking=True)
-        logits = model(pictures).float()
-        hits = (logits.argmax(1) == labels).float().mean()
+        labels = batch.labels.to(device, non_blocking=True)
+        logits = network(to_float(batch.images.to(device, non_blocking=True))).float()
         smooth = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-        return StepLoss(terms={"loss": smooth, "accuracy": hits})
+        return StepLoss(terms={"loss": smooth, "accuracy": (logits.argmax(1) == labels).float().mean()})
 
     @torch.no_grad()
     def evaluate(averaged: PictureClassifier, step: int) -> dict[str, Any]:
-        nats: list[Tensor] = []
-        hits: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for batch in tqdm(held_batches, desc="evaluation", leave=False):
             unreadable.note(batch)
             if len(batch.images):
-                logits = averaged(to_float(batch.images.to(accelerator.device))).float().cpu()
-                nats.append(F.cross_entropy(logits, batch.labels, reduction="none"))
-                hits.append(logits.argmax(1) == batch.labels)
-        if not nats:
+                parts.append((averaged(to_float(batch.images.to(device))).float().cpu(), batch.labels))
+        if not parts:
             raise InputError(f"no image of {val_source.name} can be read; see the lines above")
-        figures = {"nats": torch.cat(nats).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
-        figures = {name: round(value, 4) for name, value in figures.items()}
-        logger.info(
-            "step %d: %.1f%% of held-out images right, %.3f nats", step, 100 * figures["accuracy"], figures["nats"]
-        )
-        return figures
+        logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        nats = F.cross_entropy(logits, labels, reduction="none").mean().item()
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        logger.info("step %d: %.1f%% of held-out images correct, %.3f nats", step, 100 * accuracy, nats)
+        return {"nats": round(nats, 4), "accuracy": round(accuracy, 4)}
 
-    def export(averaged: PictureClassifier) -> None:
-        averaged.save(Path(training.output_dir) / WEIGHTS)
-
-    loop.run(loader(images, loop.sampler(len(images))), loss, RunTasks(evaluate=evaluate, export=export))
+    path = Path(training.output_dir) / "features.safetensors"
+    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=lambda averaged: averaged.save(path)))
     if unreadable.names:
         logger.warning("%d unreadable images were skipped, see above", len(unreadable.names))

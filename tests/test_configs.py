@@ -13,9 +13,9 @@ from oracles.published import published_shapes
 from safetensors import safe_open
 
 import train_tokenizer
-from benchmark import random_config
 from common import cli
 from common.config import ClassifierConfig
+from evaluation.speed.measure import random_config
 from generator.config import GENERATOR_SIZES, GeneratorConfig, GeneratorTrainingConfig
 from generator.model import Block, ChannelGPT
 from tokenizer import ChannelTokenizer

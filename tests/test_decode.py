@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import sharp_generator, tiny_config
 from oracles.sampling import bits_of, code_log_probabilities
 
-from evaluation.speed.samplers import same_trunk
+from evaluation.speed.samplers import llama_of
 from generator.decode import CachedDecoder
 from generator.engine import Batch, Engine
 from generator.model import ChannelGPT, rotary_tables
@@ -92,7 +92,23 @@ def test_probabilities_of_codes_are_those_of_their_bits(bits: int) -> None:
 
 @torch.no_grad()
 def test_blocks_are_those_of_transformers_llama(tiny_generator: ChannelGPT) -> None:
-    llama = same_trunk(tiny_generator, ["uncached"])
+    llama = llama_of(tiny_generator)
+    llama.model.norm.load_state_dict(tiny_generator.norm.state_dict())
+    for layer, block in zip(llama.model.layers, tiny_generator.blocks, strict=True):
+        query, key, value = block.query_key_value.weight.chunk(3)
+        gate, up = block.gate_up.weight.chunk(2)
+        weights = {
+            "input_layernorm": block.attention_norm.weight,
+            "self_attn.q_proj": query,
+            "self_attn.k_proj": key,
+            "self_attn.v_proj": value,
+            "self_attn.o_proj": block.attention_out.weight,
+            "post_attention_layernorm": block.mlp_norm.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": block.down.weight,
+        }
+        layer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
     x = torch.randn(3, C, 32, generator=torch.Generator().manual_seed(0))
     expected = llama.model(inputs_embeds=x, use_cache=False).last_hidden_state
     cos, sin = rotary_tables(C, 16, tiny_generator.config.rope_theta, x.device)

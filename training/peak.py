@@ -11,25 +11,12 @@ from common.runtime import pick_dtype
 SMALLEST, LARGEST = 256, 8192  # rows of the square matrices
 LONG_ENOUGH = 0.02  # seconds; a product that takes longer is large enough
 REPEATS = 3
-# data sheets: operations per second in bfloat16 with float32 sums, dense; the longest matching name applies
+# data sheets: 10**12 operations per second in bfloat16 with float32 sums, dense; the longest matching name applies
 BFLOAT16 = {
-    "A100": 312e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-}
+    "A10": 125, "A40": 150, "A100": 312, "B200": 2250, "GH200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756,
+    "H200": 989, "H200 NVL": 835, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
+}  # fmt: skip
 OTHERS = {"D", "Laptop", "MIG", "Ti"}  # words that make a slower or faster product, or a part, of one of these names
-MEASURED = "fastest square matrix product here"
 
 
 class Peak(NamedTuple):
@@ -37,17 +24,6 @@ class Peak(NamedTuple):
 
     flops: float
     source: str
-
-
-def data_sheet_peak(device: torch.device, dtype: str) -> Peak | None:
-    """Peak of a device according to its data sheet; None for devices and dtypes that are not listed here."""
-    if device.type != "cuda" or dtype != "bfloat16":
-        return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    known = [entry for entry in BFLOAT16 if f" {entry} " in f" {' '.join(words)} "]
-    if not known or OTHERS & set(words):
-        return None
-    return Peak(BFLOAT16[max(known, key=len)], "data sheet")
 
 
 def measured_flops(device: torch.device, dtype: str) -> float:
@@ -71,5 +47,10 @@ def measured_flops(device: torch.device, dtype: str) -> float:
 
 
 def peak_of(device: torch.device, dtype: str) -> Peak:
-    """Peak of a device in `dtype` (float32 or bfloat16): from its data sheet if listed, otherwise measured."""
-    return data_sheet_peak(device, dtype) or Peak(measured_flops(device, dtype), MEASURED)
+    """Peak of a device in `dtype` (float32 or bfloat16): in bfloat16 from its data sheet if listed, else measured."""
+    if device.type == "cuda" and dtype == "bfloat16":
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        known = [entry for entry in BFLOAT16 if f" {entry} " in f" {' '.join(words)} "]
+        if known and not OTHERS & set(words):
+            return Peak(BFLOAT16[max(known, key=len)] * 1e12, "data sheet")
+    return Peak(measured_flops(device, dtype), "fastest square matrix product here")

@@ -1,64 +1,76 @@
-"""Settings of the speed benchmark; imports no torch."""
+"""Settings of `benchmark.py speed`; imports no torch."""
 
-import math
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from common.config import DTYPES
-from common.errors import InputError, check_list
-from generator.config import ChannelGPTConfig
+from common.errors import InputError, check_list, check_num_tokens
+from generator.config import GENERATOR_SIZES, ChannelGPTConfig, SamplingConfig
+from tokenizer.published import PUBLISHED_TOKENIZERS
 
-OURS = ("eager", "compiled")
-SAMPLERS = ("uncached", "transformers-dynamic", "transformers-static", *OURS)
+Sampler = Literal["uncached", "transformers-dynamic", "transformers-static", "eager", "compiled"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+NO_TOKENIZER = "none"
+DEFAULT_GENERATOR, DEFAULT_TOKENIZER = "B", "paper-256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """What is measured. Every combination of number format, batch size and guidance is one setting."""
+    """Models and settings; every combination of number format, batch size and guidance is measured."""
 
+    generator: str | None = field(
+        default=None,
+        metadata={"help": f"size, with random weights: {', '.join(GENERATOR_SIZES)}; default: {DEFAULT_GENERATOR}"},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": f"architecture, with random weights: {', '.join(PUBLISHED_TOKENIZERS)}, or {NO_TOKENIZER}: "
+                  f"256 tokens of 14 bits, no pictures; default: {DEFAULT_TOKENIZER}"},
+    )  # fmt: skip
+    model: str | None = field(default=None, metadata={"help": "instead: a folder with tokenizer/ and generator/"})
     num_tokens: list[int] | None = field(
         default=None, metadata={"help": "each k to report; default: 32 64 128 192, as far as below C, and C"}
     )
-    batch_size: list[int] = field(default_factory=lambda: [1], metadata={"help": "images drawn side by side"})
-    dtype: list[str] = field(
-        default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "number formats: float32, bfloat16"}
+    batch_size: list[int] = field(default_factory=lambda: [1], metadata={"help": "images drawn together"})
+    dtype: list[Literal["float32", "bfloat16"]] = field(
+        default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "number formats"}
     )
     cfg_scale: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "classifier-free guidance; 1 = off, others cost two passes"}
     )
-    samplers: list[str] = field(
-        default_factory=lambda: list(SAMPLERS), metadata={"help": f"what is compared: {' '.join(SAMPLERS)}"}
-    )
-    full_uncached: bool = field(
-        default=False, metadata={"help": "uncached: measure every prefix length, not a few to interpolate between"}
-    )
-    repeats: int = field(default=3, metadata={"help": "rounds; the median of them is reported, the least beside it"})
+    samplers: list[Sampler] = field(default_factory=lambda: list(SAMPLERS), metadata={"help": "what is compared"})
+    repeats: int = field(default=3, metadata={"help": "rounds; their median is reported"})
     seed: int = field(default=0, metadata={"help": "of random weights and of drawing"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
+    output_dir: str = field(default="runs/speed", metadata={"help": "folder for speed.json, .md and .png"})
 
     def __post_init__(self) -> None:
+        if self.model is not None and (self.generator is not None or self.tokenizer is not None):
+            raise InputError("model is given, and so is generator or tokenizer; give either the one or the others")
+        if self.generator not in (None, *GENERATOR_SIZES):
+            raise InputError(f"generator {self.generator!r} is unknown; allowed: {', '.join(GENERATOR_SIZES)}")
+        if self.tokenizer not in (None, *PUBLISHED_TOKENIZERS, NO_TOKENIZER):
+            allowed = [*PUBLISHED_TOKENIZERS, NO_TOKENIZER]
+            raise InputError(f"tokenizer {self.tokenizer!r} is unknown; allowed: {', '.join(allowed)}")
         for name in ("batch_size", "dtype", "cfg_scale", "samplers"):
-            values = getattr(self, name)
-            check_list(name, values)
-        for name, allowed in (("dtype", DTYPES), ("samplers", SAMPLERS)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise InputError(f"{name} has {value!r}; allowed: {', '.join(allowed)}")
-        counts = {"num_tokens": self.num_tokens or [], "batch_size": self.batch_size, "repeats": [self.repeats]}
-        for name, numbers in counts.items():
-            if min(numbers, default=1) < 1:
-                raise InputError(f"{name} has {min(numbers)}; it must be at least 1")
+            check_list(name, getattr(self, name))
+        if self.num_tokens is not None:
+            check_num_tokens(self.num_tokens)
+        for name, least in (("batch_size", min(self.batch_size)), ("repeats", self.repeats)):
+            if least < 1:
+                raise InputError(f"{name} is {least}; it must be at least 1")
         for scale in self.cfg_scale:
-            if not (math.isfinite(scale) and scale >= 0):
-                raise InputError(f"cfg_scale has {scale}; it must be 0 or above")
-        if not 0 <= self.seed < 2**63 - max(self.batch_size):
-            raise InputError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1 for every image")
+            SamplingConfig(cfg_scale=scale)  # checks the value
 
     def budgets(self, model: ChannelGPTConfig) -> list[int]:
-        """Each k to report, rising; refuses what the model cannot draw."""
+        """Each k to report, rising.
+
+        Raises:
+            InputError: a k or a guidance that the model does not have.
+        """
         channels = model.num_channels
-        budgets = self.num_tokens or [*(k for k in (32, 64, 128, 192) if k < channels), channels]
-        if max(budgets) > channels:
-            raise InputError(f"num_tokens has {max(budgets)}; this model draws 1..{channels}")
+        budgets = sorted(self.num_tokens or [*(k for k in (32, 64, 128, 192) if k < channels), channels])
+        if budgets[-1] > channels:
+            raise InputError(f"num_tokens has {budgets[-1]}; this model draws 1..{channels}")
         if self.cfg_scale != [1] and not model.has_null_label:
             raise InputError(f"cfg_scale is {self.cfg_scale}, but this model was trained without null label; use 1")
-        return sorted(set(budgets))
+        return budgets

@@ -1,229 +1,194 @@
-"""The measurement: every setting, every sampler, round after round, and the rows that come out."""
+"""Measure speed: every setting, every sampler, in interleaved rounds."""
 
 import copy
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common.measuring import peak_memory
+from common.checkpoint import resolve_folder
+from common.measuring import machine, synchronize, versions
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
-from evaluation.speed.config import SpeedConfig
-from evaluation.speed.limits import BandwidthProbe, TokenBytes, token_bytes
-from evaluation.speed.samplers import OURS, Clock, Milliseconds, Sampler, Task, build_sampler, same_trunk
-from generator.config import ChannelGPTConfig
-from generator.decode import CachedDecoder
-from generator.engine import Engine
+from evaluation.speed.config import DEFAULT_GENERATOR, DEFAULT_TOKENIZER, NO_TOKENIZER, SpeedConfig
+from evaluation.speed.samplers import Draw, Task, build_samplers, draw_pictures
+from generator.config import GENERATOR_SIZES, ChannelGPTConfig
 from generator.model import ChannelGPT
+from tokenizer.decoding import PictureDecoder
+from tokenizer.published import published_config
+from tokenizer.tokenizer import ChannelTokenizer
 
-logger = logging.getLogger(__name__)
-BUCKETS = 8
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured: a generator, and how its tokens become images.
-
-    `pictures(dtype=...)` gives the function tokens (b k) -> uint8 images (b 3 H W) in that number format,
-    on the device. `tokenizer` is what it decodes with. Both are None to measure tokens alone.
-    """
-
-    model: ChannelGPT
-    name: str
-    pictures: Callable[..., Callable[[Tensor], Tensor]] | None = None
-    tokenizer: nn.Module | None = None
-    tokenizer_name: str = "none"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Names and numbers of parameters of both models, for the results."""
-        models = {"generator": (self.name, self.model), "tokenizer": (self.tokenizer_name, self.tokenizer)}
-        return {
-            part: model and {"name": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-            for part, (name, model) in models.items()
-        }
+PROBE_BYTES = 512 * 2**20  # well beyond any cache
+DECODING = "decoding"  # beside the samplers
+Milliseconds = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One combination; its samplers are compared with each other."""
-
-    dtype: str
-    batch_size: int
-    cfg_scale: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedResults:
-    """Rows, one for each sampler, setting and k; see `rows_of` for their fields. Bandwidths in GB/s."""
-
-    rows: list[Row]
-    bandwidth: BandwidthProbe
-    device: torch.device
-    about: dict[str, Any]
-    config: dict[str, Any]
-    seconds: float
+def random_config(size: str, num_channels: int = 256, num_bits: int = 14) -> ChannelGPTConfig:
+    """Configuration of a generator with random weights, by default with the tokens of the paper's 256x256 models."""
+    return ChannelGPTConfig(
+        **vars(GENERATOR_SIZES[size]),
+        num_channels=num_channels,
+        num_bits=num_bits,
+        class_names=[str(label) for label in range(1000)],
+        tokenizer_fingerprint="random weights",
+        has_null_label=True,
+    )
 
 
-def measure_speed(subject: Subject, config: SpeedConfig) -> SpeedResults:
-    """Measure every setting.
-
-    One pass of the largest k serves every k: a sampler's times are noted token by token. In each round
-    every sampler runs once, and the memory's bandwidth is measured between rounds, so that other
-    work on the machine slows all of them alike.
+def load_models(config: SpeedConfig) -> tuple[ChannelGPT, ChannelTokenizer | None]:
+    """Load the models of a folder, or build those of a published size with random weights.
 
     Raises:
-        InputError: a device or a compiler that is not there, or a k or a guidance that the model does not have.
+        InputError: a folder without them.
     """
-    start = time.perf_counter()
-    budgets, device = config.budgets(subject.model.config), pick_device(config.device)
-    if "compiled" in config.samplers:
-        check_can_compile(device)
-    runs = len(config.dtype) * len(config.batch_size) * len(config.cfg_scale)
-    runs *= len(config.samplers) * (1 + config.repeats)
-    rows: list[Row] = []
-    with torch.random.fork_rng(), logging_redirect_tqdm(), tqdm(total=runs, unit="run") as bar:
+    if config.model is not None:
+        folder = resolve_folder(config.model)
+        generator = ChannelGPT.from_pretrained(folder / "generator")
+        return generator, ChannelTokenizer.from_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        bandwidth = BandwidthProbe(device=device, compiled="compiled" in config.samplers)
-        bandwidth.measure()
-        for dtype in config.dtype:
-            model = move(copy.deepcopy(subject.model).eval(), device, pick_dtype(dtype))
-            engines = _engines(model, config)
-            rival = same_trunk(model, config.samplers)
-            pictures = subject.pictures(dtype=pick_dtype(dtype)) if subject.pictures else None
-            for batch_size, cfg_scale in product(config.batch_size, config.cfg_scale):
-                setting = Setting(dtype=dtype, batch_size=batch_size, cfg_scale=cfg_scale)
-                task = _task(setting, config, budgets[-1], model.config)
-                samplers = {
-                    name: build_sampler(name, model.config, rival, engines, task, config.full_uncached)
-                    for name in config.samplers
-                }
-                memory, times, decoding = _run(samplers, budgets, pictures, config.repeats, task, bandwidth, bar)
-                needed = token_bytes(model, len(task.seeds), task.sequences)
-                for name, sampler in samplers.items():
-                    measured = Measured(times=times[name], decoding=decoding, memory=memory[name], needed=needed)
-                    rows += rows_of(name, sampler.estimated, setting, str(device), budgets, measured)
-    for row in rows:  # the best bandwidth is known at the end only
-        limit_ms = row["bytes_per_token"] / (bandwidth.best * 1e9) * 1000
-        row["fraction_of_limit"] = limit_ms / row["ms_per_token"]
-    return SpeedResults(
-        rows=rows,
-        bandwidth=bandwidth,
-        device=device,
-        about=subject.about,
-        config=asdict(config),
-        seconds=time.perf_counter() - start,
-    )
+        size = config.generator or DEFAULT_GENERATOR
+        if config.tokenizer == NO_TOKENIZER:
+            return ChannelGPT(random_config(size)), None
+        tokenizer = ChannelTokenizer(published_config(config.tokenizer or DEFAULT_TOKENIZER)).eval()
+        return ChannelGPT(random_config(size, tokenizer.config.num_channels, tokenizer.config.num_bits)), tokenizer
 
 
-def _engines(model: ChannelGPT, config: SpeedConfig) -> dict[str, Engine]:
-    names = [name for name in config.samplers if name in OURS]
-    decoder = CachedDecoder.from_model(model) if names else None
-    return {name: Engine(decoder, compile=name == "compiled") for name in names if decoder is not None}
+def bytes_per_token(model: ChannelGPT, sequences: int, num_tokens: int) -> float:
+    """Bytes that a step must read at least, mean over the first `num_tokens` steps with `sequences` rows in each.
+
+    Counted are the weights of the blocks, once, and in step i, from 0, the keys and values of i earlier positions.
+    """
+    weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
+    position = 2 * model.config.num_layers * sequences * model.config.hidden_size * model.dtype.itemsize
+    return weights + position * (num_tokens - 1) / 2
 
 
-def _task(setting: Setting, config: SpeedConfig, num_tokens: int, model: ChannelGPTConfig) -> Task:
-    return Task(
-        num_tokens=num_tokens,
-        class_labels=[i % model.num_classes for i in range(setting.batch_size)],
-        seeds=[config.seed + i for i in range(setting.batch_size)],
-        cfg_scale=setting.cfg_scale,
-    )
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast this device reads its memory, in GB/s (10**9): the fastest pass of two plain ways."""
+    values = torch.ones(PROBE_BYTES // 4, device=device)
+    matrix, vector = values.view(-1, 2048), torch.ones(2048, device=device)
+    ways: list[Callable[[], Tensor]] = [values.sum, lambda: matrix @ vector]
+    seconds = []
+    for way in ways:
+        for _ in range(4):
+            synchronize(device)
+            start = time.perf_counter()
+            way()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return PROBE_BYTES / min(seconds) / 1e9
 
 
-def _run(
-    samplers: Mapping[str, Sampler],
-    budgets: list[int],
-    pictures: Callable[[Tensor], Tensor] | None,
-    repeats: int,
-    task: Task,
-    bandwidth: BandwidthProbe,
-    bar: tqdm,
-) -> tuple[dict[str, int | None], dict[str, Milliseconds], Milliseconds | None]:
-    """Memory in bytes and times (repeats, num_tokens) of each sampler, and times of decoding pictures (repeats,)."""
-    memory: dict[str, int | None] = {}
-    for name, sampler in samplers.items():
-        bar.set_description(f"{name}, first run")
-        memory[name] = peak_memory(bandwidth.device, sampler.holder, sampler.times)
-        bar.update()
-    # every channel is decoded whatever k is, so one time serves every k
-    tokens = torch.zeros(len(task.seeds), budgets[0], dtype=torch.long, device=bandwidth.device)
-    if pictures is not None:
-        pictures(tokens)
-    times: dict[str, list[Milliseconds]] = {name: [] for name in samplers}
-    decoding: list[float] = []
-    for turn in range(repeats):
-        bandwidth.measure()
-        for name in _rotated(list(samplers), turn):
-            bar.set_description(name)
-            times[name].append(samplers[name].times())
-            bar.update()
-        if pictures is not None:
-            clock = Clock(bandwidth.device)
-            pictures(tokens)
-            clock.mark()
-            decoding.append(float(clock.elapsed()[0]))
-    bandwidth.measure()
-    stacked = {name: np.stack(found) for name, found in times.items()}
-    return memory, stacked, np.array(decoding) if decoding else None
+def run_rounds(
+    draws: Mapping[str, Draw], task: Task, repeats: int, between: Callable[[], None]
+) -> dict[str, Milliseconds]:
+    """Draw twice to warm up (compile, capture), then in rounds, each of which begins with another sampler.
 
+    `between` is called before, between and after the rounds.
 
-def _rotated(names: list[str], turn: int) -> list[str]:
-    """Each round begins with another sampler, so that none always follows the same one."""
-    first = turn % len(names)
-    return names[first:] + names[:first]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Of one sampler: milliseconds until each token (repeats, num_tokens), of decoding (repeats,); bytes at peak."""
-
-    times: Milliseconds
-    decoding: Milliseconds | None
-    memory: int | None
-    needed: TokenBytes
+    Returns:
+        For each sampler its results, (repeats, n).
+    """
+    names = list(draws)
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
+    starts = [turn % len(names) for turn in range(repeats)]
+    for turn, order in enumerate([names * 2, *(names[first:] + names[:first] for first in starts)]):
+        for name in tqdm(order, desc=f"round {turn} of {repeats}", leave=False):
+            milliseconds = draws[name](task)
+            if turn:
+                found[name].append(milliseconds)
+        between()
+    return {name: np.array(results) for name, results in found.items()}
 
 
 def rows_of(
-    name: str, estimated: bool, setting: Setting, device: str, budgets: list[int], measured: Measured
-) -> Iterator[Row]:
-    """A row for each k.
+    sampler: str, setting: dict[str, Any], budgets: list[int], times: Milliseconds, decoding: Milliseconds | None
+) -> list[dict[str, Any]]:
+    """Build a row for each k from milliseconds until each k, (repeats, len(budgets)), and of decoding, (repeats, 1).
 
-    ms_per_token, ms_per_token_min: median and least of the rounds, over k; the call's own set-up is in.
-    ms_by_position: mean time of a token in up to 8 equal runs of positions, the first first.
-    images_per_second: of whole pictures if pictures_decoded, else of finished tokens.
-    first_preview_ms: from the call until the pictures of the smallest k are decoded; null without pictures.
-    peak_memory_mb: 10**6 bytes, of drawing the largest k (see `common.measuring`); null where it cannot be told.
-    bytes_per_token: what a token must read, mean over the k (see `limits.TokenBytes`).
-    estimated: times of tokens were interpolated between measured ones.
+    ms_per_token, ms_per_token_min: median and least of the rounds, over k, with the set-up of the call. decode_ms: of
+    the pictures; None without. images_per_second: of pictures, or of finished tokens without a tokenizer.
+    first_preview_ms: from the call until the pictures of the smallest k are decoded; None without pictures.
+    estimated: times of tokens are interpolated between measured ones.
     """
-    until = np.median(measured.times, axis=0)
-    single = np.median(np.diff(measured.times, axis=1, prepend=0), axis=0)
-    decode_ms = None if measured.decoding is None else float(np.median(measured.decoding))
-    for k in budgets:
-        parts = np.array_split(single[:k], min(BUCKETS, k))
-        yield {
-            "sampler": name,
-            "device": device,
-            **asdict(setting),
+    until = np.median(times, axis=0)
+    decode_ms = None if decoding is None else float(np.median(decoding))
+    return [
+        {
+            "sampler": sampler,
+            **setting,
             "num_tokens": k,
-            "ms_per_token": float(until[k - 1] / k),
-            "ms_per_token_min": float(measured.times[:, k - 1].min() / k),
-            "ms_by_position": [float(part.mean()) for part in parts],
+            "ms_per_token": float(until[i] / k),
+            "ms_per_token_min": float(times[:, i].min() / k),
             "decode_ms": decode_ms,
-            "images_per_second": float(setting.batch_size / (until[k - 1] + (decode_ms or 0.0)) * 1000),
-            "pictures_decoded": decode_ms is not None,
-            "first_preview_ms": None if decode_ms is None else float(until[budgets[0] - 1] + decode_ms),
-            "peak_memory_mb": None if measured.memory is None else measured.memory / 1e6,
-            "bytes_per_token": measured.needed.mean(k),
-            "estimated": estimated,
+            "images_per_second": float(setting["batch_size"] / (until[i] + (decode_ms or 0.0)) * 1000),
+            "first_preview_ms": None if decode_ms is None else float(until[0] + decode_ms),
+            "estimated": sampler == "uncached",
         }
+        for i, k in enumerate(budgets)
+    ]
+
+
+def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, config: SpeedConfig) -> dict[str, Any]:
+    """Measure every setting; without a tokenizer tokens alone.
+
+    One pass of the largest k serves every k. In each round every sampler runs once, and the bandwidth of the memory is
+    measured between rounds, so that other work on the machine slows all of them alike.
+
+    Returns:
+        What speed.json holds, without the command. rows: see `rows_of`, with bytes_per_token and the time to read these
+        over the time taken, fraction_of_limit. bandwidth_gb_s: GB/s (10**9 bytes), the best of all measurements.
+
+    Raises:
+        InputError: a device or a compiler that is not available, or a k or a guidance that the model does not have.
+    """
+    start = time.perf_counter()
+    budgets, device = config.budgets(generator.config), pick_device(config.device)
+    if "compiled" in config.samplers:
+        check_can_compile(device)
+    rows: list[dict[str, Any]] = []
+    bandwidths = [read_bandwidth(device)]
+    with torch.random.fork_rng(), logging_redirect_tqdm():
+        torch.manual_seed(config.seed)
+        for dtype in config.dtype:
+            model = move(copy.deepcopy(generator).eval(), device, pick_dtype(dtype))
+            draws = build_samplers(config.samplers, model)
+            if tokenizer is not None:
+                decoder = PictureDecoder(move(tokenizer, device), dtype=pick_dtype(dtype))
+                draws[DECODING] = partial(draw_pictures, decoder)
+            for batch_size, cfg_scale in product(config.batch_size, config.cfg_scale):
+                labels = [i % model.config.num_classes for i in range(batch_size)]
+                seeds = [config.seed + i for i in range(batch_size)]
+                task = Task(budgets=budgets, class_labels=labels, seeds=seeds, cfg_scale=cfg_scale)
+                times = run_rounds(draws, task, config.repeats, lambda: bandwidths.append(read_bandwidth(device)))
+                setting = {"device": str(device), "dtype": dtype, "batch_size": batch_size, "cfg_scale": cfg_scale}
+                for name in config.samplers:
+                    for row in rows_of(name, setting, budgets, times[name], times.get(DECODING)):
+                        needed = bytes_per_token(model, task.sequences, row["num_tokens"])
+                        rows.append({**row, "bytes_per_token": needed})
+    best = max(bandwidths)
+    for row in rows:
+        row["fraction_of_limit"] = row["bytes_per_token"] / (best * 1e6) / row["ms_per_token"]
+    return {
+        "rows": rows,
+        "bandwidth_gb_s": best,
+        "machine": machine(device),
+        "versions": versions(),
+        "generator": _about(config.model or config.generator or DEFAULT_GENERATOR, generator),
+        "tokenizer": tokenizer and _about(config.model or config.tokenizer or DEFAULT_TOKENIZER, tokenizer),
+        "settings": asdict(config),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _about(name: str, model: nn.Module) -> dict[str, Any]:
+    return {"name": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}

@@ -1,226 +1,127 @@
-"""The samplers that are compared; each tells when its tokens were there, counted from the call."""
+"""The samplers that are compared; each draws once and returns the milliseconds until each k was there."""
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
 from common.measuring import synchronize
 from common.runtime import move
-from evaluation.speed.config import OURS
 from generator.config import ChannelGPTConfig, SamplingConfig
+from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
-from generator.model import NORM_EPS, Block, ChannelGPT
+from generator.model import NORM_EPS, ChannelGPT
+from tokenizer.decoding import PictureDecoder
 
-Milliseconds = npt.NDArray[np.float64]
+Draw = Callable[["Task"], list[float]]
 UNCACHED_LENGTHS = (1, 32, 64, 128, 192, 256, 384)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every sampler draws: an image for each label, image i with seeds[i]; plain sampling with guidance."""
+    """An image for each label, image i with seeds[i]; plain sampling with guidance, timed at each k of `budgets`."""
 
-    num_tokens: int
+    budgets: list[int]
     class_labels: list[int]
     seeds: list[int]
     cfg_scale: float
 
     @property
     def sequences(self) -> int:
-        """Rows that go through the network side by side; with guidance, two for each image."""
+        """Rows that go through the network together; with guidance, two for each image."""
         return len(self.class_labels) * (2 if self.cfg_scale != 1 else 1)
 
 
-class Clock:
-    """Notes times without waiting for the device: events in its queue, or the wall clock on a CPU."""
+class Stopwatch:
+    """Milliseconds from its creation until each k of `budgets`; waits for the device only there."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._marks: list[Any] = []
+    def __init__(self, device: torch.device, budgets: Sequence[int]):
+        self.milliseconds: list[float] = []
+        self._device, self._budgets, self._tokens = device, budgets, 0
         synchronize(device)
-        self.mark()
+        self._start = time.perf_counter()
 
-    def mark(self) -> None:
-        """Note that what was asked of the device so far is done, then."""
-        if self._device.type == "cpu":
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def elapsed(self) -> Milliseconds:
-        """Milliseconds from the making of the clock to each mark; waits for the device."""
-        synchronize(self._device)
-        start, *marks = self._marks
-        if self._device.type == "cpu":
-            return np.array([(mark - start) * 1000 for mark in marks])
-        return np.array([start.elapsed_time(mark) for mark in marks])
+    def token(self) -> None:
+        """Count a token of every image."""
+        self._tokens += 1
+        if self._tokens in self._budgets:
+            synchronize(self._device)
+            self.milliseconds.append((time.perf_counter() - self._start) * 1000)
 
 
-class Sampler(ABC):
-    """One way of drawing. `holder` is what holds its weights."""
-
-    holder: object
-    estimated = False
-
-    @abstractmethod
-    def times(self) -> Milliseconds:
-        """Draw, and tell the milliseconds from the call until each token was there: (num_tokens,), rising."""
+def draw_ours(engine: Engine, task: Task) -> list[float]:
+    """Draw with the stream of generator/generate.py."""
+    sampling = SamplingConfig(cfg_scale=task.cfg_scale)
+    watch = Stopwatch(engine.decoder.device, task.budgets)
+    for _ in stream(engine, task.class_labels, task.seeds, task.budgets[-1], sampling):
+        watch.token()
+    return watch.milliseconds
 
 
-class OurSampler(Sampler):
-    """The stream of generator/generate.py."""
-
-    def __init__(self, engine: Engine, device: torch.device, task: Task):
-        self.holder, self._engine = engine.decoder, engine
-        self._device, self._task = device, task
-        self._sampling = SamplingConfig(cfg_scale=task.cfg_scale)
-
-    def times(self) -> Milliseconds:
-        """See `Sampler.times`."""
-        task = self._task
-        clock = Clock(self._device)
-        for _ in stream(self._engine, task.class_labels, task.seeds, task.num_tokens, self._sampling):
-            clock.mark()
-        return clock.elapsed()
-
-
-class _CodesOnly(LogitsProcessor):
-    """Puts the class rows of logits (b vocab_size) at -inf, so that only codes are drawn."""
-
-    def __init__(self, codebook_size: int):
-        self._codebook_size = codebook_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._codebook_size :] = -torch.inf
-        return scores
-
-
-class _Marks(StoppingCriteria):
-    """Called after every token; never stops."""
-
-    def __init__(self, clock: Clock):
-        self._clock = clock
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._clock.mark()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class TransformersSampler(Sampler):
-    """transformers' own `generate`, with a cache that grows ("dynamic") or is allocated once ("static").
+def draw_transformers(model: Any, config: ChannelGPTConfig, task: Task, cache: str) -> list[float]:
+    """Draw with transformers' own `generate`, with a cache that grows ("dynamic") or is allocated once ("static").
 
     Guidance is its own too: a second pass, with a second cache, for every token.
     """
+    rows = config.codebook_size + torch.tensor(task.class_labels, device=model.device)[:, None]
+    options = GenerationConfig(
+        max_new_tokens=task.budgets[-1],
+        do_sample=True,
+        top_k=0,
+        cache_implementation=cache,
+        guidance_scale=task.cfg_scale,
+    )
+    watch = Stopwatch(model.device, task.budgets)
 
-    def __init__(self, model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task, cache: str):
-        self.holder = model
-        self._model: Any = model  # its `generate` is typed in some versions of transformers and not in others
-        labels = torch.tensor(task.class_labels, device=model.device)
-        self._rows = config.codebook_size + labels[:, None]
-        self._null_rows = torch.full_like(self._rows, config.codebook_size + config.null_label)
-        self._codes_only = _CodesOnly(config.codebook_size)
-        self._config = GenerationConfig(
-            max_new_tokens=task.num_tokens,
-            do_sample=True,
-            top_k=0,
-            cache_implementation=cache,
-            guidance_scale=task.cfg_scale,
-        )
+    def never_stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        watch.token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def draw(self, clock: Clock) -> Tensor:
-        """Draw tokens (b num_tokens), marking each."""
-        sequences: Tensor = self._model.generate(
-            self._rows,
-            attention_mask=torch.ones_like(self._rows),
-            negative_prompt_ids=self._null_rows,
-            generation_config=self._config,
-            logits_processor=LogitsProcessorList([self._codes_only]),
-            stopping_criteria=StoppingCriteriaList([_Marks(clock)]),
-        )
-        return sequences[:, 1:]
-
-    def times(self) -> Milliseconds:
-        """See `Sampler.times`."""
-        clock = Clock(self._model.device)
-        self.draw(clock)
-        return clock.elapsed()
+    model.generate(
+        rows,
+        attention_mask=torch.ones_like(rows),
+        negative_prompt_ids=torch.full_like(rows, config.codebook_size + config.null_label),
+        generation_config=options,
+        stopping_criteria=StoppingCriteriaList([never_stop]),
+    )
+    return watch.milliseconds
 
 
-class UncachedSampler(Sampler):
-    """No cache: transformers' forward over the whole prefix for every token, logits of the last position only.
+@torch.no_grad()
+def draw_uncached(model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task) -> list[float]:
+    """Draw without a cache: transformers' forward over the whole prefix for every token.
 
-    A token's time does not depend on what the tokens before it are, so each one is drawn after a random
-    prefix; and hardly on one position more or less, so unless `whole` only prefixes of a few lengths
-    are measured and the time of a token is interpolated, piecewise linearly, between those.
+    The time of a token depends on the length of its prefix alone. So tokens are drawn after random prefixes of a few
+    lengths, and the times of the others are interpolated, piecewise linearly.
     """
-
-    def __init__(self, model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task, whole: bool):
-        self.holder = self._model = model
-        self._codebook_size, self._cfg_scale = config.codebook_size, task.cfg_scale
-        self.estimated = not whole
-        self.lengths = lengths_to_measure(task.num_tokens, whole)
-        tokens = torch.randint(config.codebook_size, (task.sequences, task.num_tokens))
-        tokens[:, 0] = config.codebook_size  # a class
-        self._rows = tokens.to(model.device)
-
-    def times(self) -> Milliseconds:
-        """See `Sampler.times`."""
-        return total_times(self.lengths, [self._milliseconds(length) for length in self.lengths])
-
-    @torch.no_grad()
-    def _milliseconds(self, length: int) -> float:
-        clock = Clock(self._model.device)
-        output = self._model(input_ids=self._rows[:, :length], use_cache=False, logits_to_keep=1)
-        logits = output.logits[:, -1, : self._codebook_size].float()
-        if self._cfg_scale != 1:
+    last, each = task.budgets[-1], []
+    lengths = [*(length for length in UNCACHED_LENGTHS if length < last), last]
+    tokens = torch.randint(config.codebook_size, (task.sequences, last)).to(model.device)
+    for length in lengths:
+        watch = Stopwatch(model.device, [1])
+        logits = model(input_ids=tokens[:, :length], use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        if task.cfg_scale != 1:
             conditional, unconditional = logits.chunk(2)
-            logits = torch.lerp(unconditional, conditional, self._cfg_scale)
+            logits = torch.lerp(unconditional, conditional, task.cfg_scale)
         torch.multinomial(logits.softmax(-1), num_samples=1)
-        clock.mark()
-        return float(clock.elapsed()[0])
+        watch.token()
+        each += watch.milliseconds
+    until = np.cumsum(np.interp(np.arange(1, last + 1), lengths, each))
+    return [float(until[k - 1]) for k in task.budgets]
 
 
-def lengths_to_measure(num_tokens: int, whole: bool) -> list[int]:
-    """Prefix lengths, rising, the first 1 and the last num_tokens: all of them, or a few."""
-    if whole:
-        return list(range(1, num_tokens + 1))
-    return [*(length for length in UNCACHED_LENGTHS if length < num_tokens), num_tokens]
+def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
+    """Build a Llama with random weights whose blocks have the shapes of a generator's, for transformers' samplers.
 
-
-def total_times(lengths: Sequence[int], milliseconds: Sequence[float]) -> Milliseconds:
-    """Times of single tokens after prefixes of some lengths -> time until each token: (lengths[-1],).
-
-    Token i, counted from 1, is drawn after a prefix of i rows, the class row among them.
+    Its embedding has a row for each code, each class and the null class; its head has one for each code.
     """
-    each = np.interp(np.arange(1, lengths[-1] + 1), lengths, milliseconds)
-    return np.asarray(np.cumsum(each), dtype=np.float64)
-
-
-def same_trunk(model: ChannelGPT, samplers: Sequence[str]) -> LlamaForCausalLM | None:
-    """A Llama with the blocks of a generator, for the samplers of transformers; None if none of them is measured.
-
-    Its vocabulary is the codes, the classes and the null class; embedding and head have random weights.
-    """
-    if set(samplers) <= set(OURS):
-        return None
     config = model.config
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -229,7 +130,6 @@ def same_trunk(model: ChannelGPT, samplers: Sequence[str]) -> LlamaForCausalLM |
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
-            max_position_embeddings=config.num_channels + 1,
             rms_norm_eps=NORM_EPS,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             bos_token_id=None,
@@ -237,37 +137,29 @@ def same_trunk(model: ChannelGPT, samplers: Sequence[str]) -> LlamaForCausalLM |
             tie_word_embeddings=False,
         )
     )
-    llama.model.norm.load_state_dict(model.norm.state_dict())
-    for layer, block in zip(llama.model.layers, cast("Sequence[Block]", model.blocks), strict=True):
-        query, key, value = block.query_key_value.weight.chunk(3)
-        gate, up = block.gate_up.weight.chunk(2)
-        layer.load_state_dict(
-            {
-                "input_layernorm.weight": block.attention_norm.weight,
-                "self_attn.q_proj.weight": query,
-                "self_attn.k_proj.weight": key,
-                "self_attn.v_proj.weight": value,
-                "self_attn.o_proj.weight": block.attention_out.weight,
-                "post_attention_layernorm.weight": block.mlp_norm.weight,
-                "mlp.gate_proj.weight": gate,
-                "mlp.up_proj.weight": up,
-                "mlp.down_proj.weight": block.down.weight,
-            }
-        )
+    llama.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
     return move(llama.eval(), model.device, model.dtype)
 
 
-def build_sampler(
-    name: str,
-    config: ChannelGPTConfig,
-    rival: LlamaForCausalLM | None,
-    engines: dict[str, Engine],
-    task: Task,
-    whole: bool,
-) -> Sampler:
-    """One of `SAMPLERS`; `engines` holds ours by name, `rival` is the model of the others."""
-    if rival is None or name in OURS:
-        return OurSampler(engines[name], engines[name].decoder.device, task)
-    if name == "uncached":
-        return UncachedSampler(rival, config, task, whole)
-    return TransformersSampler(rival, config, task, name.removeprefix("transformers-"))
+def draw_pictures(pictures: PictureDecoder, task: Task) -> list[float]:
+    """Decode a picture of every image; every channel is decoded whatever k is, so one time serves every k."""
+    tokens = torch.zeros(len(task.seeds), 1, dtype=torch.long, device=pictures.device)
+    watch = Stopwatch(pictures.device, [1])
+    pictures(tokens)
+    watch.token()
+    return watch.milliseconds
+
+
+def build_samplers(names: Sequence[str], model: ChannelGPT) -> dict[str, Draw]:
+    """Build the samplers of some names of `config.SAMPLERS`, for a model on its device and in its number format."""
+    decoder, llama, config = None, None, model.config
+    found: dict[str, Draw] = {}
+    for name in names:
+        if name in ("eager", "compiled"):
+            decoder = decoder or CachedDecoder.from_model(model)
+            found[name] = partial(draw_ours, Engine(decoder, compile=name == "compiled"))
+        else:
+            llama = llama or llama_of(model)
+            draw = partial(draw_transformers, cache=name.removeprefix("transformers-"))
+            found[name] = partial(draw_uncached if name == "uncached" else draw, llama, config)
+    return found
