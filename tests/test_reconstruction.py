@@ -259,7 +259,8 @@ MISTAKES: list[tuple[list[object], str]] = [
     (["--data-dir", "nowhere"], "nowhere"),
     (["--tokenizer", "nowhere"], "nowhere"),
     (["--strict"], "unreadable image"),
-    (["--features", "a"], "features needs a prior"),
+    (["--refine", -1], "refine is -1"),
+    (["--refiner", "nowhere"], "nowhere"),
     (["--prior-images", 4, "--features", "nowhere"], "nowhere"),
     (["--prior-images", 4, "--data-dir", "other"], "have different classes"),
 ]

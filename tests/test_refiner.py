@@ -1,5 +1,6 @@
 """The refiner: its flow against closed forms, its laws in a pipeline, its training, and wrong calls."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,18 +11,20 @@ import pytest
 import torch
 from conftest import CLASS_NAMES, ScriptRunner
 from measurement import classes_of, measure, rows, words
+from oracles import pictures as oracle
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.checkpoint import fingerprint, load_tensors
 from common.config import Refinement
 from common.errors import InputError
+from common.images import load_image, to_float
 from common.randomness import normals, uniforms
 from generator.pipeline import ChannelTokPipeline
 from refiner.config import RefinerConfig
 from refiner.flow import ImageRefiner, flow_loss, integrate, scale_table, times
 from refiner.model import Refiner
-from tokenizer import ChannelTokenizer
+from tokenizer import ChannelTokenizer, PictureDecoder
 
 C, SIZE = 16, 32
 
@@ -294,6 +297,33 @@ def test_fid_measures_decoded_and_refined_images_of_the_same_tokens(
     done = measure(scripts, *flags, "--num-samples", 10, "--refine", 2)
     assert done.code == 2
     assert "measured with refinement = None" in done.err
+
+
+def test_reconstruction_measures_refined_images(
+    scripts: ScriptRunner, image_folder: Path, tiny_tokenizer: ChannelTokenizer, classifier: Path, tmp_path: Path
+) -> None:
+    known = fingerprint(tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_refiner(known, class_names=["a", "b", "c"]).save_pretrained(tmp_path / "refiner")
+    flags = ("reconstruction", "--tokenizer", tmp_path / "tokenizer", "--data-dir", image_folder, "--device", "cpu")
+    flags = (*flags, "--num-workers", 0, "--perceptual", "none", "--inception", "none", "--features", classifier)
+    flags = (*flags, "--num-tokens", 2, 9, "--refiner", tmp_path / "refiner", "--refine", 2)
+    done = scripts("benchmark.py", *flags, "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["num_tokens"], row["refined"]) for row in found] == [(2, False), (9, False), (2, True), (9, True)]
+    paths = sorted((image_folder / "val").rglob("*.*"))
+    images = torch.stack([load_image(path, SIZE) for path in paths])
+    decoded = PictureDecoder(tiny_tokenizer, dtype=torch.float32)(tiny_tokenizer.tokenize(to_float(images))[:, :9])
+    refiner = ImageRefiner(tiny_refiner(known, class_names=["a", "b", "c"]))
+    refined = refiner(decoded, [9] * 6, [0, 0, 1, 1, 2, 2], range(6), Refinement(2))
+    expected = [oracle.psnr(a.numpy(), b.numpy()) for a, b in zip(refined, images, strict=True)]
+    assert found[3]["psnr"] == pytest.approx(float(np.mean(expected)), abs=0.02)
+    assert found[3]["feature_distance"] != found[1]["feature_distance"]
+    assert "invented" in (tmp_path / "out" / "results.md").read_text()
+    tiny_refiner("0" * 16, class_names=["a", "b", "c"]).save_pretrained(tmp_path / "refiner")
+    done = scripts("benchmark.py", *flags, "--output-dir", tmp_path / "out")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.config import Refinement
 from common.errors import InputError, check_num_tokens
 from tokenizer.config import check_ssim_size, evaluation_lengths
 
@@ -35,6 +36,10 @@ class ReconstructionConfig:
     inception_weights: str | None = field(
         default=None, metadata={"help": "weights-inception-2015-12-05-6726825d.pth; default: as for perceptual_weights"}
     )
+    refiner: str | None = field(
+        default=None, metadata={"help": "refiner folder: measure refined reconstructions, too, in rows of their own"}
+    )
+    refine: int = field(default=Refinement.steps, metadata={"help": "with --refiner: its steps"})
     curve_images: int = field(
         default=0, metadata={"help": "images decoded at every k from 1 to C, for the gain of each channel; slow"}
     )
@@ -45,7 +50,7 @@ class ReconstructionConfig:
     )
     features: str | None = field(
         default=None,
-        metadata={"help": "classifier of `benchmark.py features`, for the distance of the prior's samples"},
+        metadata={"help": "classifier of `benchmark.py features`, for distances of reconstructions and prior samples"},
     )
     output_dir: str = field(default="runs/reconstruction", metadata={"help": "folder for results and plots"})
 
@@ -59,8 +64,7 @@ class ReconstructionConfig:
         for name in ("perceptual", "inception"):
             if getattr(self, name) == "none" and getattr(self, f"{name}_weights") is not None:
                 raise InputError(f"{name} is none, but {name}_weights is given; omit one of them")
-        if self.features is not None and not self.prior_images:
-            raise InputError("features needs a prior; give --prior-images too, or omit it")
+        Refinement(self.refine)
         if self.max_images == 1 and (self.inception != "none" or self.features is not None):
             raise InputError("max_images is 1; rFID and features need at least 2 images; omit them (--inception none)")
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint
+from common.config import Refinement
 from common.errors import InputError
 from common.images import to_float
 from common.measuring import machine, versions
@@ -21,6 +22,8 @@ from common.runtime import move, pick_device, pick_dtype
 from evaluation.features import FeatureExtractor
 from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.reconstruction.rate import Distances, add_samples, fit_prior, mean_nats
+from refiner.flow import ImageRefiner
+from refiner.model import Refiner
 from tokenizer.data import ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.decoding import PictureDecoder
 from tokenizer.metrics import psnr, ssim
@@ -29,44 +32,52 @@ from tokenizer.settings import DataConfig
 from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 
+View = tuple[int, bool]  # k, and whether the image is refined
+
 
 class Scores:
-    """Scores of reconstructions against their originals, separately for each k."""
+    """Scores of reconstructions against their originals, separately for each view."""
 
-    def __init__(self, config: ReconstructionConfig, budgets: list[int], device: torch.device):
+    def __init__(self, config: ReconstructionConfig, views: list[View], device: torch.device):
         self._lpips = PerceptualDistance(config.perceptual_weights).to(device) if config.perceptual != "none" else None
         self._rfid: Distances | None = None
         if config.inception != "none":
-            self._rfid = Distances(FeatureExtractor(config.inception_weights, device), budgets, device)
+            self._rfid = Distances(FeatureExtractor(config.inception_weights, device), views, device)
+        self._features: Distances | None = None
         self.prior: Distances | None = None  # of the prior's samples from the originals
         if config.features is not None:
-            self.prior = Distances(FeatureExtractor(device=device, classifier=config.features), budgets, device)
-        self._scores: dict[int, dict[str, list[float]]] = {k: {} for k in budgets}
+            extractor = FeatureExtractor(device=device, classifier=config.features)
+            self._features = Distances(extractor, views, device)
+            if config.prior_images:
+                self.prior = Distances(extractor, [k for k, refined in views if not refined], device)
+        self._scores: dict[View, dict[str, list[float]]] = {view: {} for view in views}
 
     @torch.no_grad()
     def add(self, originals: Tensor, reconstructions: list[Tensor]) -> None:
-        """Add originals (b 3 H W) uint8 and their reconstructions of that shape, one tensor for each k."""
-        for distances in (self._rfid, self.prior):
+        """Add originals (b 3 H W) uint8 and their reconstructions of that shape, one tensor for each view."""
+        for distances in (self._rfid, self._features, self.prior):
             if distances is not None:
                 distances.add_reference(originals)
-        for (k, scores), decoded in zip(self._scores.items(), reconstructions, strict=True):
+        for (view, scores), decoded in zip(self._scores.items(), reconstructions, strict=True):
             found = {"psnr": psnr(decoded, originals), "ssim": ssim(decoded, originals)}
             if self._lpips is not None:
                 found["lpips"] = self._lpips(to_float(decoded), to_float(originals))
-            if self._rfid is not None:
-                self._rfid.add(k, decoded)
+            for distances in (self._rfid, self._features):
+                if distances is not None:
+                    distances.add(view, decoded)
             for name, values in found.items():
                 scores.setdefault(name, []).extend(values.tolist())
 
-    def means(self, k: int) -> dict[str, float | None]:
+    def means(self, view: View) -> dict[str, float | None]:
         """Return means over images of psnr (dB), ssim, lpips, and distances of sets; None for what was not measured."""
         # fsum rounds once: the result depends neither on the order of the images nor on the batch size
-        means = {name: math.fsum(values) / len(values) for name, values in self._scores[k].items()}
-        distances = {"rfid": self._rfid, "prior_distance": self.prior}
+        means = {name: math.fsum(values) / len(values) for name, values in self._scores[view].items()}
+        distances = {"rfid": self._rfid, "feature_distance": self._features}
         return {
             "lpips": None,
             **means,
-            **{name: None if found is None else found.at(k) for name, found in distances.items()},
+            **{name: None if found is None else found.of(view) for name, found in distances.items()},
+            "prior_distance": None if self.prior is None or view[1] else self.prior.of(view[0]),
         }
 
 
@@ -104,6 +115,25 @@ def channel_curve(pictures: Callable[[Tensor], Tensor], tokens: Tensor, original
     return {"channel_gain": gain, "curve": {"images": len(originals), "psnr": curve}}
 
 
+def load_refining(
+    config: ReconstructionConfig, tokenizer: ChannelTokenizer, classes: Sequence[str], device: torch.device
+) -> Callable[[Tensor, int, Tensor, list[int]], Tensor] | None:
+    """Load config.refiner: images (b 3 H W) uint8 of k tokens, k, labels (b,), seeds -> refined ones; None without it.
+
+    Raises:
+        InputError: a refiner of another tokenizer, or of another number of classes.
+    """
+    if config.refiner is None:
+        return None
+    refiner, refinement = Refiner.from_pretrained(config.refiner), Refinement(config.refine)
+    if refiner.config.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise InputError(f"refiner {config.refiner} was trained for another tokenizer than {config.tokenizer}")
+    if refiner.config.null_label != len(classes):
+        raise InputError(f"refiner {config.refiner} has {refiner.config.null_label} classes, the images {len(classes)}")
+    images = ImageRefiner(move(refiner, device))
+    return lambda decoded, k, labels, seeds: images(decoded, [k] * len(decoded), labels.tolist(), seeds, refinement)
+
+
 def measure_reconstruction(
     tokenizer: ChannelTokenizer, data: DataConfig, config: ReconstructionConfig
 ) -> tuple[dict[str, Any], list[list[Tensor]]]:
@@ -122,9 +152,16 @@ def measure_reconstruction(
     source, train = open_source(data, "val"), open_source(data, "train") if config.prior_images else None
     if train is not None:
         check_same_classes(train, source)
-    scores, unreadable = Scores(config, budgets, device), UnreadableFiles(config.strict)
+    refine = load_refining(config, tokenizer, source.classes, device)
+    views = [(k, refined) for refined in (False, True) for k in budgets if refine or not refined]
+    scores, unreadable = Scores(config, views, device), UnreadableFiles(config.strict)
     tokenizer = move(tokenizer, device)
     pictures = PictureDecoder(tokenizer, dtype=pick_dtype(config.dtype))
+
+    def reconstructions(tokens: Tensor, labels: Tensor, seeds: list[int]) -> list[Tensor]:
+        decoded = {k: pictures(tokens[:, :k]) for k in budgets}
+        return [refine(decoded[k], k, labels, seeds) if refined and refine else decoded[k] for k, refined in views]
+
     images = ImageDataset(source, model.image_size, augmentation=None, seed=0, replace_unreadable=False)
     keys = [(index, 0) for index in spread(len(images), config.max_images or len(images))]
     options: dict[str, Any] = {"sampler": keys, "num_workers": config.num_workers, "collate_fn": collate}
@@ -141,7 +178,8 @@ def measure_reconstruction(
                 originals = batch.images.to(device)
                 tokens = tokenizer.tokenize(to_float(originals))
                 parts.append((tokens.int().cpu(), batch.labels))
-                scores.add(originals, [pictures(tokens[:, :k]) for k in budgets])
+                seeds = list(range(seen, seen + len(tokens)))
+                scores.add(originals, reconstructions(tokens, batch.labels, seeds))
     if not parts:
         raise InputError(f"none of the {len(keys)} images of {source.name} can be read; see the lines above")
     tokens, labels = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -152,19 +190,16 @@ def measure_reconstruction(
         if scores.prior is not None:
             add_samples(scores.prior, prior, pictures, budgets, config.batch_size)
     shown, curved = ([i for i in chosen if i in kept] for chosen in (in_sheet, in_curve))
-    columns = [pictures(tokens[shown, :k]).cpu() for k in budgets if shown]
+    columns = reconstructions(tokens[shown], labels[shown], shown) if shown else []
     codebook, use = codebook_use(tokens, model.codebook_size)
-    rows = [
-        {
-            "num_tokens": k,
-            **scores.means(k),
-            "bits_per_pixel": k * model.num_bits / model.image_size**2,
-            "codebook_use": use[k - 1],
-            "nats_per_token": None if nats is None else float(nats[:k].mean()),
-            "bits": None if nats is None else float(nats[:k].sum()) / math.log(2),
-        }
-        for k in budgets
-    ]
+    rows = []
+    for k, refined in views:
+        rate = nats[:k] if nats is not None else None
+        row = {"num_tokens": k, "refined": refined, **scores.means((k, refined))}
+        row |= {"bits_per_pixel": k * model.num_bits / model.image_size**2, "codebook_use": use[k - 1]}
+        row["nats_per_token"] = None if rate is None else float(rate.mean())
+        row["bits"] = None if rate is None else float(rate.sum()) / math.log(2)
+        rows.append(row)
     found = {
         "rows": rows,
         "images": len(tokens),
@@ -179,4 +214,4 @@ def measure_reconstruction(
         "versions": versions(("torchmetrics", "torch-fidelity")),
         "seconds": time.perf_counter() - start,
     }
-    return found, [[*(column[n] for column in columns), kept[i]] for n, i in enumerate(shown)]
+    return found, [[*(column[n].cpu() for column in columns), kept[i]] for n, i in enumerate(shown)]

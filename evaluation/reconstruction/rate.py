@@ -1,6 +1,6 @@
 """Rate of held-out tokens under a linear prior fitted to training images, and images drawn from that prior."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,24 +22,24 @@ SAMPLES = 2000  # for the distance
 
 
 class Distances:
-    """Fréchet distances of the pictures of each k from reference images, in the features of `extractor`."""
+    """Fréchet distances of sets of pictures from reference images, in the features of `extractor`."""
 
-    def __init__(self, extractor: FeatureExtractor, budgets: list[int], device: torch.device):
+    def __init__(self, extractor: FeatureExtractor, keys: Iterable[Hashable], device: torch.device):
         self._extractor = extractor
         self._reference = RunningStatistics(extractor.dimensions, device)
-        self._statistics = {k: RunningStatistics(extractor.dimensions, device) for k in budgets}
+        self._statistics = {key: RunningStatistics(extractor.dimensions, device) for key in keys}
 
     def add_reference(self, images: Tensor) -> None:
         """Add reference images (b 3 H W) uint8."""
         self._reference.update(self._extractor(images))
 
-    def add(self, k: int, pictures: Tensor) -> None:
-        """Add pictures (b 3 H W) uint8 of k tokens."""
-        self._statistics[k].update(self._extractor(pictures))
+    def add(self, key: Hashable, pictures: Tensor) -> None:
+        """Add pictures (b 3 H W) uint8 to a set."""
+        self._statistics[key].update(self._extractor(pictures))
 
-    def at(self, k: int) -> float:
-        """Return the distance at k."""
-        return frechet_distance(self._reference, self._statistics[k])
+    def of(self, key: Hashable) -> float:
+        """Return the distance of a set."""
+        return frechet_distance(self._reference, self._statistics[key])
 
 
 def fit_prior(

@@ -18,13 +18,14 @@ FORMS = {
     "ssim": ("SSIM", ".4f"),
     "lpips": ("LPIPS (VGG)", ".4f"),
     "rfid": ("rFID", ".2f"),
+    "feature_distance": ("distance of features", ".3f"),
     "bits_per_pixel": ("bits per pixel", ".4f"),
     "codebook_use": ("codes used", ".1%"),
     "nats_per_token": ("nats per token", ".3f"),
     "bits": ("bits", ",.0f"),
     "prior_distance": ("distance of the prior's samples", ".2f"),
 }
-PLOTTED = ("psnr", "ssim", "lpips", "rfid")
+PLOTTED = ("psnr", "ssim", "lpips", "rfid", "feature_distance")
 
 
 def _images(found: dict[str, Any]) -> str:
@@ -41,7 +42,8 @@ def table(found: dict[str, Any]) -> str:
     heads = [f"rFID, N = {found['images']:,}" if name == "rfid" else FORMS[name][0] for name in names]
     lines = [f"# Reconstruction: {model['name']}", "", f"`{found['command']}`", "", *table_head(["k", *heads])]
     for row in found["rows"]:
-        lines.append(table_line([str(row["num_tokens"]), *(format(row[name], FORMS[name][1]) for name in names)]))
+        cells = ["-" if row[name] is None else format(row[name], FORMS[name][1]) for name in names]
+        lines.append(table_line([f"{row['num_tokens']}{' refined' if row['refined'] else ''}", *cells]))
     lines += [
         "",
         f"N = {_images(found)}, fingerprint {reference['fingerprint']}; {found['unreadable']['count'] or 'none'} "
@@ -55,6 +57,9 @@ def table(found: dict[str, Any]) -> str:
     if "rfid" in names:
         lines += ["", "rFID compares with the same images, as the tokenizer receives them. Below 10,000 images it is "
                       "biased upwards: compare it only with figures of the same images."]  # fmt: skip
+    if found["rows"][-1]["refined"]:
+        lines += ["", "Detail of a refined image that its tokens do not hold is invented: PSNR falls where there is "
+                      "much of it, while distances between sets of images may fall, too."]  # fmt: skip
     absent = [title for name, (title, _) in FORMS.items() if name not in names]
     lines += ["", f"Not measured: {', '.join(absent)}."] if absent else []
     return "\n".join([*lines, ""])
@@ -63,10 +68,14 @@ def table(found: dict[str, Any]) -> str:
 def _plots(found: dict[str, Any], folder: Path) -> None:
     """Write plots.png and, with a curve, channel_gain.png."""
     name, where, curve = found["tokenizer"]["name"], _images(found), found["curve"]
+    names = {row["refined"]: f"{name}, refined" if row["refined"] else name for row in found["rows"]}
     panels = [
         Panel(
             title=FORMS[measure][0],
-            lines={name: [(row["num_tokens"], row[measure]) for row in found["rows"]]},
+            lines={
+                title: [(row["num_tokens"], row[measure]) for row in found["rows"] if row["refined"] == refined]
+                for refined, title in names.items()
+            },
             y_scale="log" if measure == "rfid" else "linear",
         )
         for measure in PLOTTED
@@ -89,7 +98,7 @@ def write_report(found: dict[str, Any], sheet: list[list[Tensor]], output_dir: s
     write_text(folder / "results.md", table(found))
     _plots(found, folder)
     if sheet:
-        labels = [*(f"k={row['num_tokens']}" for row in found["rows"]), "original"]
+        labels = ["refined" if row["refined"] else f"k={row['num_tokens']}" for row in found["rows"]] + ["original"]
         pictures = captioned_table([[to_pil(image) for image in row] for row in sheet], column_labels=labels)
         save_png(pictures, folder / "reconstructions.png")
     logger.info("results.json, results.md and pictures written to %s, after %.0f s", folder, found["seconds"])
