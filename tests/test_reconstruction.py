@@ -30,7 +30,7 @@ C, BITS, SIZE = 16, 6, 32
 NO_WEIGHTS = ["--perceptual", "none", "--inception", "none", "--num-workers", 0, "--device", "cpu"]
 FIELDS = {
     *("num_tokens", "psnr", "ssim", "lpips", "rfid", "bits_per_pixel", "codebook_use"),
-    *("nats_per_token", "bits", "prior_distance"),
+    *("nats_per_token", "bits", "prior_distance", "refined", "feature_distance"),
 }
 Results = tuple[dict[str, Any], list[list[Tensor]]]
 
@@ -241,7 +241,10 @@ def test_everything_that_a_run_leaves(
     for line, row in zip(lines[2:], found["rows"], strict=True):
         assert line.startswith(f"| {row['num_tokens']} | {row['psnr']:.2f} | {row['ssim']:.4f} |")
     assert f"N = 13 images of 15, spread evenly ({found['reference']['name']})" in text
-    assert "Not measured: LPIPS (VGG), rFID, nats per token, bits, distance of the prior's samples." in text
+    assert (
+        "Not measured: LPIPS (VGG), rFID, distance of features, nats per token, bits, distance of the prior's samples."
+        in text
+    )
     text = table(found | {"rows": [{**found["rows"][0], "rfid": 33.333}], "images": 50_000})
     assert "| rFID, N = 50,000 |" in text
     assert "Below 10,000 images it is biased" in text
