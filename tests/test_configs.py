@@ -12,6 +12,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from oracles.published import published_shapes
 from safetensors import safe_open
 
+import train_refiner
 import train_tokenizer
 from common import cli
 from common.config import ClassifierConfig
@@ -36,6 +37,8 @@ def parsed(path):
     if "generator" in path.name:
         words = ["--config", str(path), "--tokens", "tokens", "--output_dir", "run"]
         found = cli.parse(GeneratorTrainingConfig, GeneratorConfig, argv=words)
+    elif "refiner" in path.name:
+        found = cli.parse(*train_refiner.CONFIGS, argv=["--config", str(path), "--tokenizer", "folder", *NEEDED])
     elif path.name == "features.yaml":
         kinds = (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)
         found = cli.parse(*kinds, argv=["--config", str(path), *NEEDED])

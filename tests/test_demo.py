@@ -17,13 +17,14 @@ import yaml
 import benchmark
 import extract_tokens
 import sample
+import train_refiner
 import train_tokenizer
 from common import cli
 from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from tokenizer.settings import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["tokenizer", "tokens", "generator", "reconstruction", "fid", "sheet"]
+STAGES = ["tokenizer", "tokens", "generator", "refiner", "reconstruction", "fid", "sheet"]
 # records its arguments and writes what make.sh needs of the real script; $FAILS is the stage that fails
 SUBSTITUTE = """#!{python}
 import json, os, signal, sys, time
@@ -32,6 +33,7 @@ output = Path(sys.argv[sys.argv.index("--output-dir") + 1])
 with open(os.environ["NOTES"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 (output / "generator").mkdir(parents=True, exist_ok=True)
+(output / "refiner").mkdir(exist_ok=True)
 (output / "model.safetensors").write_text(output.name)
 if output.name == os.environ.get("WAITS"):
     def save(number, frame):
@@ -46,6 +48,7 @@ sys.exit(2 if output.name == os.environ.get("FAILS") else 0)
 KINDS = {
     "train_tokenizer.py": train_tokenizer.CONFIGS,
     "train_ar.py": (GeneratorTrainingConfig, GeneratorConfig),
+    "train_refiner.py": train_refiner.CONFIGS,
     "extract_tokens.py": (extract_tokens.ExtractionConfig, DataConfig),
     "sample.py": (sample.SampleConfig, sample.SamplingFlags),
 }
@@ -114,14 +117,14 @@ def test_completed_stages_are_skipped_and_an_unfinished_one_is_resumed(make: Run
     (tmp_path / "out/generator/checkpoints/step-00000002").mkdir(parents=True)
     code, _, calls = make("tiny")
     assert (code, stages(calls)) == (0, STAGES[2:])
-    assert ["--resume" in call for call in calls] == [True, *[False] * 3]
+    assert ["--resume" in call for call in calls] == [True, *[False] * 4]
     assert make("tiny")[::2] == (0, [])
 
 
 def test_it_stops_at_its_time_limit(make: Run) -> None:
     code, err, calls = make("tiny", MINUTES="0")
     assert (code, calls) == (3, [])
-    assert err == "out of time in stage tokenizer; the same command goes on\n"
+    assert err == "out of time in stage tokenizer; the same command continues\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
