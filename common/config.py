@@ -93,9 +93,9 @@ class Refinement:
         temperature: standard deviation of the noise; below 1 less detail is drawn, and with it fewer errors.
     """
 
-    steps: int = 6
+    steps: int = 4
     cfg_scale: float = 1.0
-    temperature: float = 0.8
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -260,13 +260,13 @@ class SampleConfig:
     prefix_tokens: int = field(default=16, metadata={"help": "how many channels of it are kept"})
     refine: int | None = field(
         default=None,
-        metadata={"help": "steps of the refiner for the final images; 0: none; default: 6 if the model has refiner/"},
+        metadata={"help": "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/"},
     )
     refine_cfg_scale: float | None = field(
         default=None, metadata={"help": "guidance of the refiner; 1 = off, others cost two passes; default: 1"}
     )
     refine_temperature: float | None = field(
-        default=None, metadata={"help": "standard deviation of the refiner's noise; lower: less detail; default: 0.8"}
+        default=None, metadata={"help": "standard deviation of the refiner's noise; lower: less detail; default: 1"}
     )
     refine_previews: bool = field(default=False, metadata={"help": "refine the pictures of --previews as well"})
     model: str = field(default=DEMO_MODEL, metadata={"help": "folder with tokenizer/ and generator/, or a hub name"})

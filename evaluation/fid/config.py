@@ -27,7 +27,7 @@ class FidConfig:
     )
     refine_cfg_scale: float | None = field(default=None, metadata={"help": "guidance of the refiner; default: 1"})
     refine_temperature: float | None = field(
-        default=None, metadata={"help": "standard deviation of the refiner's noise; default: 0.8"}
+        default=None, metadata={"help": "standard deviation of the refiner's noise; default: 1"}
     )
     seed: int = field(default=0, metadata={"help": "sample i is drawn with seed + i"})
     batch_size: int = field(default=64, metadata={"help": "samples drawn together; an interruption loses one batch"})
