@@ -47,7 +47,7 @@ def size_of(config: GeneratorConfig) -> GeneratorConfig:
 
 
 # B and L are the paper's; XL and XXL continue the family they come from (LlamaGen, arXiv 2406.06525); S is for machines
-# without a GPU. Parameters with 256 tokens of 14 bits and 1,000 classes: see tests/test_benchmark.py.
+# without a GPU. Parameters with 256 tokens of 14 bits and 1,000 classes: see docs/training.md.
 GENERATOR_SIZES = {
     "S": GeneratorConfig(num_layers=7, num_heads=6, hidden_size=384, intermediate_size=1024),
     "B": GeneratorConfig(),
