@@ -121,7 +121,7 @@ def test_completed_stages_are_skipped_and_an_unfinished_one_is_resumed(make: Run
 def test_it_stops_at_its_time_limit(make: Run) -> None:
     code, err, calls = make("tiny", MINUTES="0")
     assert (code, calls) == (3, [])
-    assert err == "out of time in stage tokenizer; the same command continues\n"
+    assert err == "out of time in stage tokenizer; the same command goes on\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,8 +10,8 @@
 #   NAMES   a JSON file, class folder -> name
 #   OUTPUT  gets a folder for each stage and times.txt; generator/ is the model, with its tokenizer
 #
-# A stopped stage continues, a completed one is skipped. MINUTES=9 stops after nine minutes, at a checkpoint, with
-# exit code 3: the same command then continues. Runs from the top of the repository; needs bash 4.4 and coreutils.
+# A stage that was stopped goes on, one that is done is not done again. MINUTES=9 stops after so long, at a checkpoint, with
+# exit code 3: the same command then goes on. Runs from the top of the repository; needs bash 4.4 and coreutils.
 set -euo pipefail
 
 refuse() { echo "$1" >&2; exit 2; }
@@ -48,7 +48,7 @@ stage() {
     local name=$1 begun=$SECONDS left=$((END - SECONDS)) code=0 spent=0 resume=()
     shift
     [ ! -e "$OUTPUT/$name.done" ] || return 0
-    # the first start has no checkpoint to resume
+    # the first start has nothing to go on from
     if compgen -G "$OUTPUT/$name/checkpoints/step-*" > /dev/null; then resume=(--resume); fi
     if [ "$left" -gt 0 ]; then
         echo "== $name"
@@ -63,7 +63,7 @@ stage() {
     spent=$((spent + SECONDS - begun))
     echo "$spent" > "$OUTPUT/$name.seconds"
     # 137: it was still saving a minute later
-    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then echo "out of time in stage $name; the same command continues" >&2; exit 3; fi
+    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then echo "out of time in stage $name; the same command goes on" >&2; exit 3; fi
     [ "$code" -eq 0 ] || exit "$code"
     echo "$name: $spent s" | tee -a "$OUTPUT/times.txt"
     touch "$OUTPUT/$name.done"
@@ -75,7 +75,7 @@ stage tokens extract_tokens.py --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOT
     --class-names "$NAMES" --output-dir "$OUTPUT/tokens" "${READERS[@]}"
 stage generator train_ar.py --config $CONFIG-generator.yaml --tokens "$OUTPUT/tokens" \
     --output-dir "$OUTPUT/generator" "${FEWER[@]}"
-# the figures and images of docs/demo.md, with the guidance that a sweep found best; the sheet shows every fifth of 100 classes
+# what the README says of it, with the guidance that a sweep found best; the sheet shows every fifth of 100 classes
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
 stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
