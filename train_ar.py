@@ -7,6 +7,7 @@ from generator.config import GeneratorConfig, GeneratorTrainingConfig
 def main() -> None:
     """Parse, load the tokenizer of the store for pictures, then train."""
     training, size = cli.parse(GeneratorTrainingConfig, GeneratorConfig, description=__doc__)
+    size = training.transformer(size)
     # here, so that --help and mistakes are answered without loading torch
     from common.errors import InputError
     from common.runtime import move

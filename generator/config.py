@@ -47,7 +47,7 @@ def size_of(config: GeneratorConfig) -> GeneratorConfig:
 
 
 # B and L are the paper's; XL and XXL continue the family they come from (LlamaGen, arXiv 2406.06525); S is for machines
-# without a GPU. Parameters with 256 tokens of 14 bits and 1,000 classes: see tests/test_benchmark.py.
+# without a GPU. Parameters with 256 tokens of 14 bits and 1,000 classes: see docs/training.md.
 GENERATOR_SIZES = {
     "S": GeneratorConfig(num_layers=7, num_heads=6, hidden_size=384, intermediate_size=1024),
     "B": GeneratorConfig(),
@@ -174,6 +174,9 @@ class GeneratorTrainingConfig(LoopConfig):
     """Settings of train_ar.py beside the transformer's size."""
 
     tokens: str = field(metadata={"help": "token store, from extract_tokens.py"})
+    size: Literal["S", "B", "L", "XL", "XXL"] | None = field(
+        default=None, metadata={"help": "size of the transformer, in place of --num-layers and the like"}
+    )
     init_from: str | None = field(
         default=None, metadata={"help": "start from the weights of a trained generator; classes may differ"}
     )
@@ -231,6 +234,16 @@ class GeneratorTrainingConfig(LoopConfig):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above")
         if self.validation_images < 1:
             raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
+
+    def transformer(self, given: GeneratorConfig) -> GeneratorConfig:
+        """Size of the transformer: that of `size`, otherwise the given one.
+
+        Raises:
+            InputError: both are given.
+        """
+        if self.size and given != GeneratorConfig():
+            raise InputError(f"size is {self.size}, and num_layers or other fields are given; give one or the other")
+        return GENERATOR_SIZES[self.size] if self.size else given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
-"""The files in configs/ are what they say, and the published layouts are read."""
+"""The files in configs/ are what they say, the published layouts are read, and the documentation names what exists."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,18 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from oracles.published import published_shapes
 from safetensors import safe_open
 
+import benchmark
+import sample
 import train_refiner
 import train_tokenizer
 from common import cli
-from common.config import ClassifierConfig
+from common.errors import InputError
 from evaluation.speed.measure import random_config
-from generator.config import GENERATOR_SIZES, GeneratorConfig, GeneratorTrainingConfig
+from generator.config import GENERATOR_SIZES, GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.model import Block, ChannelGPT
 from tokenizer import ChannelTokenizer
 from tokenizer.published import published_config, rename_published_keys
-from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
+from tokenizer.settings import DataConfig, ExtractionConfig
 from training.schedule import StepPlan
 
 REPO = Path(__file__).resolve().parents[1]
@@ -32,18 +36,26 @@ PAPER = {
 }  # fmt: skip
 
 
-def parsed(path):
-    """The settings in a file, by class name."""
-    if "generator" in path.name:
-        words = ["--config", str(path), "--tokens", "tokens", "--output_dir", "run"]
-        found = cli.parse(GeneratorTrainingConfig, GeneratorConfig, argv=words)
-    elif "refiner" in path.name:
-        found = cli.parse(*train_refiner.CONFIGS, argv=["--config", str(path), "--tokenizer", "folder", *NEEDED])
-    elif path.name == "features.yaml":
-        kinds = (ClassifierTrainingConfig, DataConfig, AugmentationConfig, ClassifierConfig)
-        found = cli.parse(*kinds, argv=["--config", str(path), *NEEDED])
-    else:
-        found = cli.parse(*train_tokenizer.CONFIGS, argv=["--config", str(path), *NEEDED])
+COMMANDS = {
+    "sample.py": (SampleConfig, sample.SamplingFlags),
+    "train_ar.py": (GeneratorTrainingConfig, GeneratorConfig),
+    "train_tokenizer.py": train_tokenizer.CONFIGS,
+    "train_refiner.py": train_refiner.CONFIGS,
+    "extract_tokens.py": (ExtractionConfig, DataConfig),
+    **{f"benchmark.py {name}": kinds for name, (_, kinds) in benchmark.COMMANDS.items()},
+}
+PACKAGES = "common|evaluation|generator|refiner|tokenizer|training"
+DOCUMENTS = [path for path in (REPO / "README.md", *sorted(REPO.glob("docs/*.md"))) if path.name != "lab.md"]
+
+
+def parsed(path, *more):
+    """The settings in a file and in flags, by class name."""
+    stem = path.stem.partition("-")[2] or path.stem
+    command = {"generator": "train_ar.py", "refiner": "train_refiner.py", "features": "benchmark.py features"}.get(stem)
+    words = ["--config", str(path), "--output_dir", "run", *more]
+    words += ["--tokens", "tokens"] if stem == "generator" else ["--data_dir", "photos"]
+    words += ["--tokenizer", "tokenizer"] if stem == "refiner" else []
+    found = cli.parse(*COMMANDS[command or "train_tokenizer.py"], argv=words)
     return {type(entry).__name__: entry for entry in found}
 
 
@@ -67,11 +79,18 @@ def test_the_paper_s_configs_have_the_paper_s_sizes(name):
     assert training.batch_size % training.micro_batch_size == 0
 
 
-@pytest.mark.parametrize("name", GENERATOR_SIZES)
-def test_the_generators_configs_have_the_sizes_and_the_paper_s_recipe(name):
-    settings = parsed(REPO / "configs" / f"generator-{name.lower()}.yaml")
-    size, training = settings["GeneratorConfig"], settings["GeneratorTrainingConfig"]
-    assert size == GENERATOR_SIZES[name]
+SIZES = re.findall(r"^\| `--size (\w+)([^`]*)` \| ([\d,]+) \|", (REPO / "docs" / "training.md").read_text(), re.M)
+
+
+def test_every_size_of_a_generator_is_in_the_table():
+    assert [name for name, _, _ in SIZES] == list(GENERATOR_SIZES)
+
+
+@pytest.mark.parametrize("name, flags, count", SIZES)
+def test_the_generators_of_the_table_have_the_sizes_and_the_paper_s_recipe(name, flags, count):
+    settings = parsed(REPO / "configs" / "paper-generator.yaml", "--size", name, *flags.split())
+    training = settings["GeneratorTrainingConfig"]
+    assert training.transformer(settings["GeneratorConfig"]) == GENERATOR_SIZES[name]
     epochs = 100 if name == "S" else 300
     assert 0 <= training.steps * training.batch_size - epochs * 1_281_167 < training.batch_size
     assert (training.batch_size, training.beta1, training.beta2, training.weight_decay) == (256, 0.9, 0.95, 0.05)
@@ -82,9 +101,9 @@ def test_the_generators_configs_have_the_sizes_and_the_paper_s_recipe(name):
     for world_size in (1, 2, 4, 8, 16):
         StepPlan(training, 0, world_size)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in ChannelGPT(random_config(name)).parameters())
-    first = (REPO / "configs" / f"generator-{name.lower()}.yaml").read_text().splitlines()[0]
-    assert f"# {name}: {parameters:,} parameters with 256 tokens of 14 bits and 1,000 classes" in first
+        assert f"{sum(p.numel() for p in ChannelGPT(random_config(name)).parameters()):,}" == count
+    with pytest.raises(InputError, match=f"size is {name}"):
+        training.transformer(GeneratorConfig(num_layers=3))
 
 
 def test_the_settings_for_shards_are_those_that_accelerate_reads(monkeypatch):
@@ -121,3 +140,48 @@ def test_both_published_layouts_are_read(name, prefix):
     renamed = rename_published_keys(state, prefix, "checkpoint")
     expected = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in renamed.items()} == expected
+
+
+def snippets(text):
+    """Commands and names in backticks, each on one line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def headings(path):
+    """The anchors of a document."""
+    titles = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_in_the_documentation_exist(document):
+    text, missing = document.read_text(), []
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = document.parent / path if path else document
+        if not linked.exists() or (anchor and anchor not in headings(linked)):
+            missing.append(target)
+    for snippet in snippets(text):
+        named = re.findall(rf"(?<![\w/.-])((?:{PACKAGES}|configs|docs|tests|weights)/[\w./*-]*|[\w*]+\.py)", snippet)
+        missing += [path for path in named if not any((*REPO.glob(path.rstrip("/.")), *REPO.glob(f"*/{path}")))]
+        named = re.findall(rf"^(?:from |import )?((?:{PACKAGES})\.(?!py\b)\w+)", snippet)
+        missing += [name for name in named if not any(REPO.glob(name.replace(".", "/") + "*"))]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_in_the_documentation_exist(document):
+    flags = {
+        command: {f"--{field.name.replace('_', '-')}" for kind in kinds for field in dataclasses.fields(kind)}
+        for command, kinds in COMMANDS.items()
+    }
+    unknown = []
+    for snippet in snippets(document.read_text()):
+        command = re.search(r"\b(?:\w+\.py)(?: (?:fid|reconstruction|speed|features)\b)?", snippet)
+        allowed = flags.get(command[0], set()) if command else set().union(*flags.values())
+        if command or snippet.startswith("--"):
+            words = re.findall(r"(?<![\w-])--[a-z][\w-]*", snippet[command.end() if command else 0 :])
+            unknown += [f"{snippet}: {word}" for word in words if word not in {*allowed, "--config", "--help"}]
+    assert not unknown

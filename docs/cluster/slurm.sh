@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch docs/cluster/slurm.sh: two machines of eight GPUs. A job whose time ends is sent SIGTERM two minutes
-# before, saves and ends; then it is put in line again, and goes on from there. (One that is preempted as well, where the cluster has
+# before, saves and ends; then it is queued again and continues. (So is a preempted job, if the cluster sets
 # PreemptParameters=send_user_signal and a GraceTime.)
 #SBATCH --job-name=channeltok
 #SBATCH --nodes=2
@@ -16,20 +16,21 @@ set -euo pipefail
 RUN=runs/generator-l
 STARTED=$(mktemp)
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# the first start has nothing to go on from
+# the first start has no checkpoint to resume
 RESUME=$(compgen -G "$RUN/checkpoints/step-*" > /dev/null && echo --resume || true)
-# how long the launcher waits for its processes to save; torch 2.15 can be told, 2.11 waits 30 seconds: let
-# checkpoints be frequent there
+# seconds the launcher waits for its processes to save; a setting since torch 2.15. torch 2.11 waits 30 seconds: write
+# checkpoints often there
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 export HEAD RUN RESUME
 
-# the launcher runs once a machine; exec, so that signals reach it. A launcher that was told to end does not exit with 0.
+# the launcher runs once a machine; exec, so that signals reach it. A launcher that receives SIGTERM does not exit with 0.
 srun bash -c 'exec accelerate launch \
     --multi_gpu --mixed_precision bf16 --num_machines "$SLURM_NNODES" --num_processes $((8 * SLURM_NNODES)) \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port 29500 --rdzv_backend c10d \
-    train_ar.py --config configs/generator-l.yaml --tokens runs/tokens --output-dir "$RUN" $RESUME' || true
+    train_ar.py --config configs/paper-generator.yaml --size L --learning-rate 3e-4 --position-weighting linear \
+    --tokens runs/tokens --output-dir "$RUN" $RESUME' || true
 
-# not finished, but further than when this job began: once more
+# not finished, but further than when this job began: queue it again
 if [ ! -f "$RUN/report.md" ] && [ -n "$(find "$RUN/checkpoints" -newer "$STARTED" -name training.json)" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
