@@ -81,7 +81,7 @@ stage refiner train_refiner.py --config $CONFIG-refiner.yaml --tokenizer "$OUTPU
     cp -r "$OUTPUT/refiner/refiner" "$OUTPUT/generator/refiner.partial"
     mv "$OUTPUT/generator/refiner.partial" "$OUTPUT/generator/refiner"
 }
-# what the README says of it, with the guidance that a sweep found best; the sheet shows every fifth of 100 classes
+# the figures and images of docs/demo.md, with the guidance that a sweep found best; the sheet shows every fifth of 100 classes
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
 stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
