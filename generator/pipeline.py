@@ -91,8 +91,7 @@ class ChannelTokPipeline:
         pipe = ChannelTokPipeline.from_pretrained("weights/demo")
         pipe([3, 7], num_tokens=32, seed=0).images[0].save("out.png")
 
-    Attributes: `fingerprint` stands for the weights of tokenizer and generator; `tokens_fingerprint` for those that
-    decide which tokens are drawn and what they mean.
+    Attributes: `fingerprint` of tokenizer and generator, `tokens_fingerprint` of the weights that decide tokens.
     """
 
     def __init__(
