@@ -168,7 +168,9 @@ def test_a_refined_image_depends_on_seed_class_tokens_and_k_alone(pipeline: Chan
     assert np.abs(pixels(pipeline([1], 9, 41).images) - pixels(pipeline([1], 9, 41, refine=0).images)).mean() > 2
     base = {"labels": [1], "seeds": [41], "k": 9, "refine": refinement}
     changes: list[dict[str, Any]] = [{"labels": [2]}, {"seeds": [42]}, {"k": 8}]
-    changes += [{"refine": replace(refinement, **{name: 1})} for name in ("steps", "cfg_scale", "temperature")]
+    changes += [
+        {"refine": replace(refinement, **field)} for field in ({"steps": 1}, {"cfg_scale": 1.0}, {"temperature": 0.5})
+    ]
     for change in ({}, *changes):
         use = base | change
         images = pipeline.images(use["labels"], use["seeds"])
