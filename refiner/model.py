@@ -97,7 +97,8 @@ class Refiner(SavedModel):
         super().__init__(config)
         width, patch = config.width, config.patch_size
         side = config.image_size // patch
-        self.class_vectors = nn.Embedding(len(config.class_names) + 1, width)
+        # no nn.Embedding: its normal_ on the meta device, when weights are loaded, would import torch's compiler
+        self.class_vectors = nn.Parameter(torch.empty(len(config.class_names) + 1, width))
         self.embed = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
         self.stem = nn.Linear(6 * patch**2, width)
         self.positions = nn.Parameter(torch.zeros(side * side, width))
@@ -112,7 +113,7 @@ class Refiner(SavedModel):
     def _initialize(self) -> None:
         """Every block is the identity and the prediction 0 at the start."""
         nn.init.normal_(self.positions, std=0.02)
-        nn.init.normal_(self.class_vectors.weight, std=0.5)
+        nn.init.normal_(self.class_vectors, std=0.5)
         layers: list[Any] = [module.modulation for module in self.modules() if isinstance(module, Block)]
         for layer in (*layers, self.modulation, self.pixels.modulation, self.pixels.outward):
             nn.init.zeros_(layer.weight)
@@ -134,7 +135,7 @@ class Refiner(SavedModel):
         config = self.config
         share = torch.log(num_tokens.float()) / math.log(max(config.num_channels, 2))  # b
         where = torch.cat([sinusoids(part, config.width) for part in (time, share)], dim=1)  # b 2d
-        embedding = F.silu(self.embed(where.to(self.dtype)) + self.class_vectors(class_labels))  # b d
+        embedding = F.silu(self.embed(where.to(self.dtype)) + self.class_vectors[class_labels])  # b d
         inputs = torch.cat([point, decoded], dim=1).to(self.dtype)  # b 6 H W
         patches = F.pixel_unshuffle(inputs, config.patch_size)  # b (6 p p) h w
         hidden = self.stem(rearrange(patches, "b c h w -> b (h w) c")) + self.positions  # b s d

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, ScriptRunner
+from conftest import CLASS_NAMES, REPO, ScriptRunner
 from measurement import classes_of, measure, rows, words
 from oracles import pictures as oracle
 from torch import Tensor
@@ -211,6 +213,13 @@ def test_a_saved_refiner_is_the_same_and_memory_that_runs_out_halves_the_batch(
     images._at_once = 4
     assert (images(*arguments, Refinement(2)).int() - whole.int()).abs().max() <= 1
     assert sizes == [4, 2, 2, 1]
+
+
+def test_refining_loads_no_compiler(model_folder: Path) -> None:
+    code = "import sys; from generator.pipeline import ChannelTokPipeline as P; P.from_pretrained(sys.argv[1], 'cpu')"
+    code += "([0], 2); print([name for name in ('torch._dynamo', 'sympy', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, cwd=REPO)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 @pytest.mark.cuda
