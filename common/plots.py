@@ -50,7 +50,7 @@ def save_line_plot(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, panel in zip(axes[: len(panels)], panels, strict=True):
         axis.set(title=panel.title, xlabel=x_label, yscale=panel.y_scale)
         if log2_x:
             axis.set_xscale("log", base=2)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Literal
 
 from common.config import LoopConfig
@@ -52,7 +53,7 @@ class RefinerConfig(RefinerSize):
             raise InputError(f"image_size is {self.image_size}; it must be a multiple of patch_size {self.patch_size}")
         if self.num_channels < 1 or not self.class_names:
             raise InputError("num_channels must be at least 1, and class_names must not be empty")
-        rising = all(first < second for first, second in zip(self.scale_lengths, self.scale_lengths[1:], strict=False))
+        rising = all(first < second for first, second in pairwise(self.scale_lengths))
         if not self.scales or len(self.scales) != len(self.scale_lengths) or not rising or self.scale_lengths[0] < 1:
             raise InputError("scale_lengths must rise from 1 or more, with one of scales for each")
         if not all(math.isfinite(scale) and scale > 0 for scale in self.scales):

@@ -36,6 +36,7 @@ from training.schedule import Part
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8
+EVALUATION_BATCH = 64
 
 
 def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
@@ -54,10 +55,7 @@ def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
         different = [name for name in found if given[name] != found[name]]
         # what the user gave, and not what was left at its default
         wrong = next((name for name in different if given[name] != default[name]), different[0])
-        raise InputError(
-            f"{wrong} is {given[wrong]}, but init_from {init_from} has {found[wrong]}; "
-            "leave the size out, it is the tokenizer's"
-        )
+        raise InputError(f"{wrong} is {given[wrong]}, but init_from {init_from} has {found[wrong]}; omit the size")
     return model
 
 
@@ -98,83 +96,115 @@ def train_tokenizer(
     Raises:
         InputError: settings or data that cannot be used; nothing is written then.
     """
-    train_source, val_source = open_source(data, "train"), open_source(data, "val")
-    accelerator = make_accelerator(training)
-    output_dir = Path(training.output_dir)
-    if training.init_from is None:
-        model = ChannelTokenizer(model_config)
-    else:
-        model = start_from(training.init_from, model_config)
-        model_config = model.config
-    if training.frozen_encoder:
-        check_tokens_stay(model, training)
+    run = TokenizerRun(training, data, augmentation, model_config, loss_config, tail_drop, gan, rate)
+    run.loop.run(run.batches(), run.loss, RunTasks(evaluate=run.evaluate, export=run.export))
+    if run.unreadable.names:
+        logger.warning("%d unreadable images were skipped, see above", len(run.unreadable.names))
+
+
+class TokenizerRun:
+    """A training run: its data, model and loop, and what is evaluated and written on the way."""
+
+    def __init__(
+        self,
+        training: TokenizerTrainingConfig,
+        data: DataConfig,
+        augmentation: AugmentationConfig,
+        model_config: TokenizerConfig,
+        loss_config: TokenizerLossConfig,
+        tail_drop: TailDropConfig,
+        gan: GanConfig,
+        rate: RateConfig,
+    ):
+        self.training, self.augmentation = training, augmentation
+        self.train_source, self.val_source = open_source(data, "train"), open_source(data, "val")
+        self.accelerator = make_accelerator(training)
+        self.device = self.accelerator.device
+        self.unreadable = UnreadableFiles(training.strict)
+        model = self._model(model_config, rate)
+        self.config = model.config
+        gan.check_image_size(self.config.image_size)
+        self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+        nn.Module.to(model, memory_format=self.memory_format)
+        self.rate_term: RateTerm | None = None
         if rate.has_rate:
-            raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; leave rate_weight out")
-    identity = {
-        "model": asdict(model_config),
-        "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
-        "tail_drop": asdict(tail_drop),
-        "gan": asdict(gan),
-        "rate": asdict(rate),
-        "augmentation": asdict(augmentation),
-        "images": train_source.fingerprint(),
-    }
-    gan.check_image_size(model_config.image_size)
-    memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
-    nn.Module.to(model, memory_format=memory_format)
-    model.reader.requires_grad_(not training.frozen_encoder)
-    rate_term = None
-    if rate.has_rate:
-        check_same_classes(train_source, val_source)
-        rate_term = RateTerm(rate, model_config.num_channels, model_config.num_bits, len(train_source.classes))
-    objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, rate_term, accelerator.device)
-    if training.compile:
-        check_can_compile(accelerator.device)
-        if gan.gan_weighting == "adaptive":
-            # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
-            torch._functorch.config.donated_buffer = False  # noqa: SLF001
-        model.compile()
-    loop = Loop(model, training, accelerator, identity, objective.auxiliary_models(memory_format))
-    unreadable = UnreadableFiles(training.strict)
+            check_same_classes(self.train_source, self.val_source)
+            classes = len(self.train_source.classes)
+            self.rate_term = RateTerm(rate, self.config.num_channels, self.config.num_bits, classes)
+        self.objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, self.rate_term, self.device)
+        if training.compile:
+            check_can_compile(self.device)
+            if gan.gan_weighting == "adaptive":
+                # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
+                torch._functorch.config.donated_buffer = False  # noqa: SLF001
+            model.compile()
+        identity = {
+            "model": asdict(self.config),
+            "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
+            "tail_drop": asdict(tail_drop),
+            "gan": asdict(gan),
+            "rate": asdict(rate),
+            "augmentation": asdict(augmentation),
+            "images": self.train_source.fingerprint(),
+        }
+        auxiliary = self.objective.auxiliary_models(self.memory_format)
+        self.loop = Loop(model, training, self.accelerator, identity, auxiliary)
 
-    size, seed = model_config.image_size, training.seed
-    images = ImageDataset(train_source, size, augmentation=augmentation, seed=seed, replace_unreadable=True)
-    batches = DataLoader(
-        images,
-        batch_sampler=loop.sampler(len(images)),
-        num_workers=training.num_workers,
-        worker_init_fn=leave_signals_to_the_trainer,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    # validation images spread evenly over the classes, the same ones every time
-    held = ImageDataset(val_source, size, augmentation=None, seed=seed, replace_unreadable=False)
-    chosen = [(index, 0) for index in spread(len(held), training.validation_images)]
-    pictured = set(spread(len(chosen), PICTURE_ROWS))
-    held_batches: Any = DataLoader(
-        held,
-        batch_sampler=[chosen[i : i + 64] for i in range(0, len(chosen), 64)],
-        num_workers=training.num_workers,
-        worker_init_fn=leave_signals_to_the_trainer,
-        collate_fn=collate,
-    )
+    def _model(self, config: TokenizerConfig, rate: RateConfig) -> ChannelTokenizer:
+        """A new model, or the one of init_from."""
+        training = self.training
+        model = ChannelTokenizer(config) if training.init_from is None else start_from(training.init_from, config)
+        if training.frozen_encoder:
+            check_tokens_stay(model, training)
+            if rate.has_rate:
+                raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; omit rate_weight")
+        model.reader.requires_grad_(not training.frozen_encoder)
+        return model
 
-    def loss(model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
-        unreadable.note(batch)
+    def _loader(self, images: ImageDataset, batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=self.training.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def batches(self) -> DataLoader[Any]:
+        """The micro-batches that are left."""
+        images = ImageDataset(
+            self.train_source, self.config.image_size,
+            augmentation=self.augmentation, seed=self.training.seed, replace_unreadable=True,
+        )  # fmt: skip
+        return self._loader(images, self.loop.sampler(len(images)))
+
+    def loss(self, model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
+        """Loss of a micro-batch."""
+        self.unreadable.note(batch)
         if not len(batch.images):
-            raise InputError(f"no image of {train_source.name} can be read; see the lines above")
-        inputs = to_float(batch.images.to(accelerator.device, non_blocking=True))
-        labels = batch.labels.to(accelerator.device, non_blocking=True)
-        return objective(loop, model, inputs.contiguous(memory_format=memory_format), labels, part)
+            raise InputError(f"no image of {self.train_source.name} can be read; see the lines above")
+        images = to_float(batch.images.to(self.device, non_blocking=True))
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return self.objective(self.loop, model, images.contiguous(memory_format=self.memory_format), labels, part)
 
-    def evaluate(averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
-        lengths = evaluation_lengths(model_config.num_channels)
+    def evaluate(self, averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
+        """PSNR and rate on validation images, and a picture; in the main process."""
+        held = ImageDataset(
+            self.val_source, self.config.image_size,
+            augmentation=None, seed=self.training.seed, replace_unreadable=False,
+        )  # fmt: skip
+        # spread evenly over the classes, the same ones every time
+        chosen = [(index, 0) for index in spread(len(held), self.training.validation_images)]
+        pictured = set(spread(len(chosen), PICTURE_ROWS))
+        parts = [chosen[i : i + EVALUATION_BATCH] for i in range(0, len(chosen), EVALUATION_BATCH)]
+        lengths = evaluation_lengths(self.config.num_channels)
         found: dict[int, list[Tensor]] = {k: [] for k in lengths}
         nats: list[Tensor] = []
         shown: list[Tensor] = []
         seen = damaged = 0
-        for batch in tqdm(held_batches, desc="evaluation", leave=False):
-            unreadable.note(batch)
+        for batch in tqdm(self._loader(held, parts), desc="evaluation", leave=False):
+            self.unreadable.note(batch)
             damaged += len(batch.unreadable)
             shown += [image for place, image in enumerate(batch.images, seen) if place in pictured]
             seen += len(batch.images)
@@ -182,11 +212,11 @@ def train_tokenizer(
                 tokens = averaged.tokenize(to_float(batch.images.to(averaged.device)))
                 for k, values in psnr_by_length(averaged, tokens, batch.images, lengths).items():
                     found[k].append(values)
-                if rate_term is not None:
-                    nats.append(rate_term.nats(tokens, batch.labels))
+                if self.rate_term is not None:
+                    nats.append(self.rate_term.nats(tokens, batch.labels))
         if not seen:
-            raise InputError(f"no image of {val_source.name} can be read; see the lines above")
-        picture = output_dir / "reconstructions" / f"step-{step:08d}.png"
+            raise InputError(f"no image of {self.val_source.name} can be read; see the lines above")
+        picture = Path(self.training.output_dir) / "reconstructions" / f"step-{step:08d}.png"
         reconstruction_sheet(averaged, torch.stack(shown), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
@@ -197,9 +227,6 @@ def train_tokenizer(
             figures |= rates
         return {**figures, "unreadable": damaged}
 
-    def export(averaged: ChannelTokenizer) -> None:
-        averaged.save_pretrained(output_dir, pick_dtype(training.save_dtype))
-
-    loop.run(batches, loss, RunTasks(evaluate=evaluate, export=export))
-    if unreadable.names:
-        logger.warning("%d unreadable images were skipped, see above", len(unreadable.names))
+    def export(self, averaged: ChannelTokenizer) -> None:
+        """Write the averaged model."""
+        averaged.save_pretrained(self.training.output_dir, pick_dtype(self.training.save_dtype))

@@ -24,6 +24,7 @@ from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.reconstruction.rate import Distances, add_samples, fit_prior, mean_nats
 from refiner.flow import ImageRefiner
 from refiner.model import Refiner
+from tokenizer.config import TokenizerConfig
 from tokenizer.data import ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.decoding import PictureDecoder
 from tokenizer.metrics import psnr, ssim
@@ -115,6 +116,21 @@ def channel_curve(pictures: Callable[[Tensor], Tensor], tokens: Tensor, original
     return {"channel_gain": gain, "curve": {"images": len(originals), "psnr": curve}}
 
 
+def _row(view: View, model: TokenizerConfig, scores: Scores, use: list[float], nats: Tensor | None) -> dict[str, Any]:
+    """A row of results.json; `use` and `nats` (C,) as in `codebook_use` and `mean_nats`."""
+    k, refined = view
+    rate = None if nats is None else nats[:k]
+    return {
+        "num_tokens": k,
+        "refined": refined,
+        **scores.means(view),
+        "bits_per_pixel": k * model.num_bits / model.image_size**2,
+        "codebook_use": use[k - 1],
+        "nats_per_token": None if rate is None else float(rate.mean()),
+        "bits": None if rate is None else float(rate.sum()) / math.log(2),
+    }
+
+
 def load_refining(
     config: ReconstructionConfig, tokenizer: ChannelTokenizer, classes: Sequence[str], device: torch.device
 ) -> Callable[[Tensor, int, Tensor, list[int]], Tensor] | None:
@@ -192,16 +208,8 @@ def measure_reconstruction(
     shown, curved = ([i for i in chosen if i in kept] for chosen in (in_sheet, in_curve))
     columns = reconstructions(tokens[shown], labels[shown], shown) if shown else []
     codebook, use = codebook_use(tokens, model.codebook_size)
-    rows = []
-    for k, refined in views:
-        rate = nats[:k] if nats is not None else None
-        row = {"num_tokens": k, "refined": refined, **scores.means((k, refined))}
-        row |= {"bits_per_pixel": k * model.num_bits / model.image_size**2, "codebook_use": use[k - 1]}
-        row["nats_per_token"] = None if rate is None else float(rate.mean())
-        row["bits"] = None if rate is None else float(rate.sum()) / math.log(2)
-        rows.append(row)
     found = {
-        "rows": rows,
+        "rows": [_row(view, model, scores, use, nats) for view in views],
         "images": len(tokens),
         "unreadable": unreadable.summary(),
         "reference": {"name": source.name, "fingerprint": source.fingerprint(), "available": len(images)},
