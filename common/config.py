@@ -1,106 +1,199 @@
-"""Settings that several commands share; imports no torch."""
+"""Base of all configurations: dataclasses whose fields state help text, bounds and choices; imports no torch."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from common.errors import InputError
 
-DTYPES = ("float32", "bfloat16")
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 GROUPS = 8  # of the classifier's GroupNorms
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Settings that both training scripts share. A step is one optimizer step over `batch_size` images."""
+def setting(
+    default: Any = MISSING,
+    help: str | None = None,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    unique: bool = False,
+) -> Any:
+    """A field of a `Config`.
 
-    output_dir: str = field(metadata={"help": "folder for the model, checkpoints, pictures and log.jsonl"})
-    resume: bool = field(default=False, metadata={"help": "continue from the newest checkpoint in output_dir"})
-    steps: int = field(default=100_000, metadata={"help": "optimizer steps in all"})
-    batch_size: int = field(default=256, metadata={"help": "images a step, over all processes together"})
-    micro_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "images that a process handles at a time, gradients being added up; default: all of its own"},
-    )
-    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the last step of a cosine"})
-    schedule: Literal["cosine", "constant"] = field(
-        default="cosine", metadata={"help": "of the learning rate, after the warm-up"}
-    )
-    warmup_steps: int = field(default=1000, metadata={"help": "steps of linear warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay, on matrices only"})
-    beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
-    beta2: float = field(default=0.95, metadata={"help": "AdamW beta2"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights; 0 = the last ones"})
-    mixed_precision: Literal["auto", "no", "bf16"] = field(
-        default="auto", metadata={"help": "auto = bf16 where the device computes it in hardware"}
-    )
-    seed: int = field(default=0, metadata={"help": "decides initial weights, data order and every draw"})
-    num_workers: int = field(default=1, metadata={"help": "processes that read data, for each training process"})
-    evaluate_every: int = field(default=1000, metadata={"help": "steps between evaluations, each with a picture"})
-    checkpoint_every: int = field(default=1000, metadata={"help": "steps between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints stay"})
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": "accelerate's trackers to log to, for example tensorboard or wandb"}
-    )
+    Args:
+        default: a list is copied for each instance; omitted: the field is required.
+        help: shown by --help.
+        ge: lower bound (>=) of a number, or of each entry of a list; any bound excludes infinity and NaN.
+        gt: lower bound (>).
+        le: upper bound (<=).
+        lt: upper bound (<).
+        unique: the list must have at least one entry, and each once.
+    """
+    metadata = {"help": help, "bounds": Bounds(ge=ge, gt=gt, le=le, lt=lt), "unique": unique}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Interval of allowed numbers."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if not any(bound is not None for bound in vars(self).values()):
+            return True
+        return (
+            math.isfinite(value)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        low, high = self.ge if self.gt is None else self.gt, self.le if self.lt is None else self.lt
+        if high is None:
+            return f"{'at least' if self.gt is None else 'above'} {low}"
+        return f"in {'[' if self.gt is None else '('}{low}, {high}{']' if self.lt is None else ')'}"
+
+
+def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
+    """A value of the type of `hint`; numbers of NumPy become Python's."""
+    if NoneType in get_args(hint):
+        if value is None:
+            return None
+        (hint,) = (part for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {value!r}; it must be a list")
+        return [_checked(name, entry, get_args(hint)[0], bounds) for entry in value]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(str, get_args(hint)))}")
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        if isinstance(value, Integral):
+            value = int(value)
+        elif isinstance(value, Real) and hint is float:
+            value = float(value)
+    if not isinstance(value, (int, float) if hint is float else hint) or (hint is not bool and isinstance(value, bool)):
+        raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")
+    if hint in (int, float) and value not in bounds:
+        finite = "" if math.isfinite(value) else "finite and "
+        raise InputError(f"{name} is {value}; it must be {finite}{bounds}")
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of frozen dataclasses that check types, choices and bounds of their fields (`setting`).
+
+    Raises:
+        InputError: a value that is not allowed.
+    """
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise InputError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("min_learning_rate", "warmup_steps", "weight_decay", "num_workers", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.schedule not in ("cosine", "constant"):
-            raise InputError(f"schedule is {self.schedule!r}; allowed: cosine, constant")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            bounds = entry.metadata.get("bounds", Bounds())
+            value = _checked(entry.name, getattr(self, entry.name), hints[entry.name], bounds)
+            if entry.metadata.get("unique") and value is not None and (not value or len(set(value)) < len(value)):
+                raise InputError(f"{entry.name} is {value}; give one or more values, each once")
+            object.__setattr__(self, entry.name, value)
+
+
+def report_lengths(given: Sequence[int] | None, num_channels: int, usual: Sequence[int]) -> list[int]:
+    """Each k of a report, in increasing order: the given ones, or the usual ones below num_channels and that.
+
+    Raises:
+        InputError: a k above num_channels.
+    """
+    lengths = sorted(given or {*(k for k in usual if k < num_channels), num_channels})
+    if lengths[-1] > num_channels:
+        raise InputError(f"num_tokens has {lengths[-1]}; this model has 1..{num_channels}")
+    return lengths
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
+class LoopConfig(Config):
+    """Settings of all training scripts. A step is one optimizer step over `batch_size` images."""
+
+    output_dir: str = setting(help="folder for the model, checkpoints, pictures and log.jsonl")
+    resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
+    steps: int = setting(100_000, "optimizer steps in all", ge=1)
+    batch_size: int = setting(256, "images a step, over all processes together", ge=1)
+    micro_batch_size: int | None = setting(
+        None, "images that a process handles at a time, gradients being added up; default: all of its own", ge=1
+    )
+    learning_rate: float = setting(4e-4, "peak learning rate", gt=0)
+    min_learning_rate: float = setting(0.0, "learning rate at the last step of a cosine", ge=0)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "of the learning rate, after the warm-up")
+    warmup_steps: int = setting(1000, "steps of linear warm-up", ge=0)
+    weight_decay: float = setting(0.05, "AdamW weight decay, on matrices only", ge=0)
+    beta1: float = setting(0.9, "AdamW beta1", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW beta2", ge=0, lt=1)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    ema_decay: float = setting(0.9999, "decay of the averaged weights; 0 = the last ones", ge=0, lt=1)
+    mixed_precision: Literal["auto", "no", "bf16"] = setting("auto", "auto = bf16 where the device has it in hardware")
+    seed: int = setting(0, "decides initial weights, data order and every draw", ge=0)
+    num_workers: int = setting(1, "processes that read data, for each training process", ge=0)
+    evaluate_every: int = setting(1000, "steps between evaluations, each with a picture", ge=1)
+    checkpoint_every: int = setting(1000, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", ge=1)
+    trackers: list[str] = setting([], "accelerate's trackers to log to, for example tensorboard or wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTrainingConfig(LoopConfig):
+    """Settings of the training of a tokenizer, a generator or a refiner."""
+
+    init_from: str | None = setting(None, "folder of a trained model of the same kind to start from")
+    save_dtype: Dtype = setting("float32", "number format of the exported weights")
+    validation_images: int = setting(2000, "held-out images that an evaluation uses", ge=1)
+    compile: bool = setting(False, "compile the network with torch.compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Config):
     """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
 
-    classifier_size: int = field(default=64, metadata={"help": "pixels of a side that pictures are resized to"})
-    widths: list[int] = field(
-        default_factory=lambda: [32, 64, 128, 256], metadata={"help": "channels of each block; the last are features"}
-    )
+    classifier_size: int = setting(64, "pixels of a side that pictures are resized to", ge=1)
+    widths: list[int] = setting([32, 64, 128, 256], "channels of each block; the last are features", ge=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         smallest = 2 ** len(self.widths)
-        if not self.widths or any(width < 1 or width % GROUPS for width in self.widths):
+        if not self.widths or any(width % GROUPS for width in self.widths):
             raise InputError(f"widths is {self.widths}; give one or more multiples of {GROUPS}")
-        if self.classifier_size < 1 or self.classifier_size % smallest:
+        if self.classifier_size % smallest:
             raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
         if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
             raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Refinement(Config):
     """How images are refined.
 
     Attributes:
-        steps: of the integration, at least 1; each but the last costs two passes, the last one.
+        steps: of the integration; each but the last costs two passes, the last one.
         cfg_scale: classifier-free guidance; 1 = off and costs half.
         temperature: standard deviation of the noise; below 1 less detail is drawn, and with it fewer errors.
     """
 
-    steps: int = 4
-    cfg_scale: float = 1.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"refine is {self.steps}; it must be a number of steps of at least 1, or 0 for none")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise InputError(f"refine_cfg_scale is {self.cfg_scale}; it must be 0 or above")
-        if not 0 <= self.temperature <= 2:
-            raise InputError(f"refine_temperature is {self.temperature}; it must be in [0, 2]")
+    steps: int = setting(4, ge=1)
+    cfg_scale: float = setting(1.0, ge=0)
+    temperature: float = setting(1.0, ge=0, le=2)

@@ -1,6 +1,4 @@
-"""The one error that stands for a user's mistake, and checks that several settings share."""
-
-from collections.abc import Sequence
+"""Error for wrong input."""
 
 
 class InputError(ValueError):
@@ -12,24 +10,3 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
-
-
-def check_list(name: str, values: Sequence[object]) -> None:
-    """Refuse a setting that takes several values where it has none, or one of them twice.
-
-    Raises:
-        InputError: it has.
-    """
-    if not values or len(set(values)) < len(values):
-        raise InputError(f"{name} is {list(values)}; give one or more values, each once")
-
-
-def check_num_tokens(numbers: Sequence[int]) -> None:
-    """Refuse a list of k that is empty, names one twice, or has one below 1.
-
-    Raises:
-        InputError: it does.
-    """
-    check_list("num_tokens", numbers)
-    if min(numbers) < 1:
-        raise InputError(f"num_tokens has {min(numbers)}; it must be at least 1")

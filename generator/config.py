@@ -1,39 +1,35 @@
 """Configuration of the generator, of its training and of sampling; imports no torch."""
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from common.config import LoopConfig
+from common.config import Config, Dtype, ModelTrainingConfig, setting
 from common.errors import InputError
 
 Weighting = Literal["none", "linear", "exponential"]
 DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "weights" / "demo")
+Size = Literal["S", "B", "L", "XL", "XXL"]
 Schedule = Literal["constant", "linear", "cosine", "interval"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
+class GeneratorConfig(Config):
     """Size of the transformer; the defaults are the paper's size B (arXiv 2606.04461, generator table)."""
 
-    num_layers: int = field(default=12, metadata={"help": "transformer blocks"})
-    num_heads: int = field(default=12, metadata={"help": "attention heads"})
-    hidden_size: int = field(default=768, metadata={"help": "width of the residual stream"})
-    intermediate_size: int = field(default=2048, metadata={"help": "width inside the SwiGLU"})
-    rope_theta: float = field(default=10000.0, metadata={"help": "base of the rotary position embedding"})
+    num_layers: int = setting(12, "transformer blocks", ge=1)
+    num_heads: int = setting(12, "attention heads", ge=1)
+    hidden_size: int = setting(768, "width of the residual stream", ge=1)
+    intermediate_size: int = setting(2048, "width inside the SwiGLU", ge=1)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", gt=1)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.hidden_size % (2 * self.num_heads):
             raise InputError(
                 f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
-        if not 1 < self.rope_theta < math.inf:
-            raise InputError(f"rope_theta is {self.rope_theta}; it must be above 1")
 
     @property
     def head_dim(self) -> int:
@@ -48,7 +44,7 @@ def size_of(config: GeneratorConfig) -> GeneratorConfig:
 
 # B and L are the paper's; XL and XXL continue the family they come from (LlamaGen, arXiv 2406.06525); S is for machines
 # without a GPU. Parameters with 256 tokens of 14 bits and 1,000 classes: see docs/training.md.
-GENERATOR_SIZES = {
+GENERATOR_SIZES: dict[str, GeneratorConfig] = {
     "S": GeneratorConfig(num_layers=7, num_heads=6, hidden_size=384, intermediate_size=1024),
     "B": GeneratorConfig(),
     "L": GeneratorConfig(num_layers=24, num_heads=16, hidden_size=1024, intermediate_size=2816),
@@ -69,19 +65,16 @@ class ChannelGPTConfig(GeneratorConfig):
         has_null_label: whether training dropped labels, which classifier-free guidance needs.
     """
 
-    num_channels: int
-    num_bits: int
+    num_channels: int = setting(ge=1)
+    num_bits: int = setting(ge=1, le=16)
     class_names: list[str]
     tokenizer_fingerprint: str
     has_null_label: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_channels < 1 or not 1 <= self.num_bits <= 16 or not self.class_names:
-            raise InputError(
-                f"num_channels is {self.num_channels}, num_bits {self.num_bits}, class_names {len(self.class_names)}; "
-                "allowed are at least 1, 1..16 and at least one name"
-            )
+        if not self.class_names:
+            raise InputError("class_names is empty; give at least one name")
 
     @property
     def codebook_size(self) -> int:
@@ -118,7 +111,7 @@ class ChannelGPTConfig(GeneratorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How a token is drawn from its log-probabilities. Applied in this order: guidance, temperature, top-k, top-p.
 
     Guidance may change over the channels. With t = position / C (a share of all channels, not of those asked for, so
@@ -127,30 +120,19 @@ class SamplingConfig:
     Kynkaanniemi et al., 2024, arXiv 2404.07724).
     """
 
-    temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token, 1 the model's own odds"})
-    top_k: int = field(default=0, metadata={"help": "draw among this many most likely tokens; 0 = all"})
-    top_p: float = field(
-        default=1.0, metadata={"help": "draw among the most likely tokens that hold this mass; 1 = all"}
-    )
-    cfg_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 = off, at half the cost"})
-    cfg_schedule: Schedule = field(default="constant", metadata={"help": "how guidance changes over the channels"})
-    cfg_start: float = field(default=0.0, metadata={"help": "interval: share of all channels where guidance begins"})
-    cfg_end: float = field(default=1.0, metadata={"help": "interval: share of all channels where guidance ends"})
+    temperature: float = setting(1.0, "0 takes the most likely token, 1 the model's own odds", ge=0)
+    top_k: int = setting(0, "draw among this many most likely tokens; 0 = all", ge=0)
+    top_p: float = setting(1.0, "draw among the most likely tokens that hold this mass; 1 = all", gt=0, le=1)
+    cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = off, at half the cost", ge=0)
+    cfg_schedule: Schedule = setting("constant", "how guidance changes over the channels")
+    cfg_start: float = setting(0.0, "interval: share of all channels where guidance begins", ge=0, lt=1)
+    cfg_end: float = setting(1.0, "interval: share of all channels where guidance ends", gt=0, le=1)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or above")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or above")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise InputError(f"cfg_scale is {self.cfg_scale}; it must be 0 or above")
-        if self.cfg_schedule not in get_args(Schedule):
-            raise InputError(f"cfg_schedule is {self.cfg_schedule!r}; allowed: {', '.join(get_args(Schedule))}")
-        if not 0 <= self.cfg_start < self.cfg_end <= 1:
+        super().__post_init__()
+        if self.cfg_start >= self.cfg_end:
             raise InputError(
-                f"cfg_start is {self.cfg_start} and cfg_end {self.cfg_end}; needed is 0 <= cfg_start < cfg_end <= 1"
+                f"cfg_start is {self.cfg_start} and cfg_end {self.cfg_end}; cfg_start must be below cfg_end"
             )
         if self.cfg_schedule != "interval" and (self.cfg_start, self.cfg_end) != (0, 1):
             raise InputError(
@@ -170,70 +152,32 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorTrainingConfig(LoopConfig):
+class GeneratorTrainingConfig(ModelTrainingConfig):
     """Settings of train_ar.py beside the transformer's size."""
 
-    tokens: str = field(metadata={"help": "token store, from extract_tokens.py"})
-    size: Literal["S", "B", "L", "XL", "XXL"] | None = field(
-        default=None, metadata={"help": "size of the transformer, in place of --num-layers and the like"}
+    tokens: str = setting(help="token store, from extract_tokens.py")
+    size: Size | None = setting(None, "size of the transformer, in place of --num-layers and the like")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null label", ge=0, lt=1)
+    dropout: float = setting(0.0, "share of entries zeroed after the embedding and in residual branches", ge=0, lt=1)
+    attention_dropout: float = setting(0.0, "share of attention weights zeroed", ge=0, lt=1)
+    bit_flips: float = setting(
+        0.0, "flip input bits with a probability drawn evenly from 0 to this, not targets", ge=0, le=0.5
     )
-    init_from: str | None = field(
-        default=None, metadata={"help": "start from the weights of a trained generator; classes may differ"}
+    position_weighting: Weighting = setting(
+        "none", "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"
     )
-    label_dropout: float = field(default=0.1, metadata={"help": "share of labels replaced by the null label"})
-    dropout: float = field(
-        default=0.0, metadata={"help": "share of entries zeroed after the embedding and in residual branches"}
+    prefixes: bool = setting(False, "each step sees the first k tokens only, k drawn evenly from 1..C: half the work")
+    prior_steps: int = setting(
+        600, "steps of 512 images that fit the linear prior before the first step; 0 = none", ge=0
     )
-    attention_dropout: float = field(default=0.0, metadata={"help": "share of attention weights zeroed"})
-    bit_flips: float = field(
-        default=0.0,
-        metadata={"help": "flip input bits, not targets: each image's share is drawn evenly from 0 up to this"},
+    prior_learning_rate: float = setting(
+        0.1, "learning rate of the prior during training, relative to learning_rate; 0 = frozen", ge=0
     )
-    position_weighting: Weighting = field(
-        default="none",
-        metadata={"help": "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"},
+    prior_l2_weight: float = setting(1e-5, "weight of the L2 penalty of the prior", ge=0)
+    gradient_checkpointing: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, a third more time"
     )
-    prefixes: bool = field(
-        default=False,
-        metadata={"help": "each step sees the first k tokens only, k drawn evenly from 1..C: half the work"},
-    )
-    prior_steps: int = field(
-        default=600, metadata={"help": "steps of 512 images that fit the linear prior before the first step; 0 = none"}
-    )
-    prior_learning_rate: float = field(
-        default=0.1,
-        metadata={"help": "learning rate of the prior during training, relative to learning_rate; 0 = frozen"},
-    )
-    prior_l2_weight: float = field(default=1e-5, metadata={"help": "weight of the L2 penalty of the prior"})
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "compute blocks again in the backward pass: less memory, a third more time"},
-    )
-    compile: bool = field(default=False, metadata={"help": "compile the blocks with torch.compile"})
-    save_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "number format of the exported generator"}
-    )
-    keep_best: bool = field(
-        default=False, metadata={"help": "export the weights of the lowest validation loss, not those of the last step"}
-    )
-    validation_images: int = field(default=2000, metadata={"help": "images of val that an evaluation uses"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("label_dropout", "dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if not 0 <= self.bit_flips <= 0.5:
-            raise InputError(f"bit_flips is {self.bit_flips}; it must be in [0, 0.5]")
-        if self.position_weighting not in get_args(Weighting):
-            raise InputError(
-                f"position_weighting is {self.position_weighting!r}; allowed: {', '.join(get_args(Weighting))}"
-            )
-        for name in ("prior_steps", "prior_learning_rate", "prior_l2_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above")
-        if self.validation_images < 1:
-            raise InputError(f"validation_images is {self.validation_images}; it must be at least 1")
+    keep_best: bool = setting(False, "export the weights of the lowest validation loss, not those of the last step")
 
     def transformer(self, given: GeneratorConfig) -> GeneratorConfig:
         """Size of the transformer: that of `size`, otherwise the given one.
@@ -247,55 +191,48 @@ class GeneratorTrainingConfig(LoopConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Config):
     """Flags of sample.py beside those of sampling."""
 
-    class_labels: list[int] | None = field(default=None, metadata={"help": "classes by number"})
-    class_names: list[str] | None = field(default=None, metadata={"help": 'classes by name, for example "goldfish"'})
-    num_tokens: list[int] | None = field(
-        default=None, metadata={"help": "tokens to draw, one number for all or one for each image; default: all"}
+    class_labels: list[int] | None = setting(None, "classes by number")
+    class_names: list[str] | None = setting(None, 'classes by name, for example "goldfish"')
+    num_tokens: list[int] | None = setting(
+        None, "tokens to draw, one number for all or one for each image; default: all"
     )
-    samples_per_class: int = field(default=1, metadata={"help": "images of each class"})
-    seed: int = field(default=0, metadata={"help": "image i is drawn with seed + i"})
-    previews: list[int] | None = field(default=None, metadata={"help": "also write the pictures at each of these k"})
-    deadline: float | None = field(
-        default=None, metadata={"help": "seconds for each batch, decoding included; draws as far as they reach"}
+    samples_per_class: int = setting(1, "images of each class", ge=1)
+    seed: int = setting(0, "image i is drawn with seed + i", ge=0)
+    previews: list[int] | None = setting(None, "also write the pictures at each of these k")
+    deadline: float | None = setting(
+        None, "seconds for each batch, decoding included; draws as far as they reach", gt=0
     )
-    stop_when_stable: float | None = field(
-        default=None,
-        metadata={"help": "end an image once half its channels changed it by less than so many grey levels"},
+    stop_when_stable: float | None = setting(
+        None, "end an image once half its channels changed it by less than so many grey levels", ge=0
     )
-    continue_from: str | None = field(default=None, metadata={"help": "tokens.npz of a drawing to continue"})
-    rows: list[int] | None = field(default=None, metadata={"help": "rows of it to continue; default: all"})
-    sketch_tokens: int | None = field(default=None, metadata={"help": "draw all images so far, then choose; see keep"})
-    keep: int | None = field(default=None, metadata={"help": "sketches of each class to finish: the likeliest"})
-    prefix_image: str | None = field(default=None, metadata={"help": "photograph whose first channels are kept"})
-    prefix_tokens: int = field(default=16, metadata={"help": "how many channels of it are kept"})
-    refine: int | None = field(
-        default=None,
-        metadata={"help": "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/"},
+    continue_from: str | None = setting(None, "tokens.npz of a drawing to continue")
+    rows: list[int] | None = setting(None, "rows of it to continue; default: all")
+    sketch_tokens: int | None = setting(None, "draw all images so far, then choose; see keep")
+    keep: int | None = setting(None, "sketches of each class to finish: the likeliest")
+    prefix_image: str | None = setting(None, "photograph whose first channels are kept")
+    prefix_tokens: int = setting(16, "how many channels of it are kept")
+    refine: int | None = setting(
+        None, "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/", ge=0
     )
-    refine_cfg_scale: float | None = field(
-        default=None, metadata={"help": "guidance of the refiner; 1 = off, others cost two passes; default: 1"}
+    refine_cfg_scale: float | None = setting(
+        None, "guidance of the refiner; 1 = off, others cost two passes; default: 1", ge=0
     )
-    refine_temperature: float | None = field(
-        default=None, metadata={"help": "standard deviation of the refiner's noise; lower: less detail; default: 1"}
+    refine_temperature: float | None = setting(
+        None, "standard deviation of the refiner's noise; lower: less detail; default: 1", ge=0, le=2
     )
-    refine_previews: bool = field(default=False, metadata={"help": "refine the pictures of --previews as well"})
-    model: str = field(default=DEMO_MODEL, metadata={"help": "folder with tokenizer/ and generator/, or a hub name"})
-    output_dir: str = field(default="samples", metadata={"help": "folder for the pictures and tokens.npz"})
-    batch_size: int = field(default=32, metadata={"help": "images drawn side by side"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "number format of the generator's weights"}
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "compile first (a minute), then draw faster; for long or repeated drawing"}
-    )
+    refine_previews: bool = setting(False, "refine the pictures of --previews as well")
+    model: str = setting(DEMO_MODEL, "folder with tokenizer/ and generator/, or a hub name")
+    output_dir: str = setting("samples", "folder for the pictures and tokens.npz")
+    batch_size: int = setting(32, "images drawn side by side", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    dtype: Dtype = setting("float32", "number format of the generator's weights")
+    compile: bool = setting(False, "compile first (a minute), then draw faster; for long or repeated drawing")
 
     def __post_init__(self) -> None:
-        if self.samples_per_class < 1:
-            raise InputError(f"samples_per_class is {self.samples_per_class}; it must be at least 1")
+        super().__post_init__()
         if self.rows is not None and self.continue_from is None:
             raise InputError("rows are those of a drawing; give it with --continue-from")
         if self.continue_from is None:
@@ -306,6 +243,6 @@ class SampleConfig:
         }  # fmt: skip
         for name, value in named.items():
             if value is not None:
-                raise InputError(f"{name} does not go with continue_from: the drawing says what is drawn; leave it out")
+                raise InputError(f"{name} does not go with continue_from, which has the classes; omit it")
         if self.seed or self.samples_per_class != 1:
             raise InputError("seed and samples_per_class do not go with continue_from: the drawing has them")

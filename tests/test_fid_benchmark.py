@@ -329,7 +329,7 @@ def test_inception_is_used_with_its_flag(
         (["--write-settings"], "give --sweep"),
         (["--sweep", "cfg=1,2"], "with one of temperature"),
         (["--sweep", "cfg_scale=a"], "values of type float"),
-        (["--sweep", "cfg_scale=-1"], "it must be 0 or above"),
+        (["--sweep", "cfg_scale=-1"], "it must be at least 0"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--device", "tpu"], "is unknown"),
     ],

@@ -212,7 +212,7 @@ def edit_config(folder, **changes):
         ({"num_bits": True}, ["num_bits is True"]),
         ({"linear_paths": 1}, ["linear_paths is 1"]),
         ({"encoder_widths": None}, ["encoder_widths is None"]),
-        ({"encoder_widths": [32, "32"]}, ["encoder_widths is [32, '32']"]),
+        ({"encoder_widths": [32, "32"]}, ["encoder_widths is '32'"]),
         ({"nmu_bits": 8}, ["config.json", "unknown key 'nmu_bits'; did you mean num_bits"]),
         ({"num_channels": 4}, ["weights do not fit config.json", "decoder.trunk.0.weight"]),
     ],

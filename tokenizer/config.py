@@ -1,7 +1,8 @@
 """Architecture of the tokenizer; imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from common.config import Config, setting
 from common.errors import InputError
 
 SSIM_WINDOW = 11  # pixels
@@ -9,7 +10,7 @@ GROUPS = 32  # of every GroupNorm, so every width is a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """Architecture of a `ChannelTokenizer`; the defaults are the tokenizer that the paper's generator uses.
 
     Encoder: space-to-depth by `patch_size`, then len(encoder_widths) - 1 stages with a halving between
@@ -22,38 +23,30 @@ class TokenizerConfig:
         InputError: sizes that do not fit one another; the line says which and what is allowed.
     """
 
-    image_size: int = field(default=256, metadata={"help": "height and width of an image, in pixels"})
-    num_channels: int = field(default=256, metadata={"help": "C: channels of the latent, and tokens of an image"})
-    latent_size: int = field(default=4, metadata={"help": "height and width of the latent"})
-    num_bits: int = field(default=14, metadata={"help": "bits of a token; latent_size**2 means no projections"})
-    patch_size: int = field(default=1, metadata={"help": "space-to-depth factor around the network; 1 = none"})
-    encoder_widths: list[int] = field(default_factory=lambda: [128, 128, 128, 256, 256, 512])
-    decoder_widths: list[int] = field(default_factory=lambda: [128, 128, 256, 256, 512])
-    encoder_attention_sizes: list[int] = field(
-        default_factory=list, metadata={"help": "map sizes at which encoder blocks are followed by attention"}
+    image_size: int = setting(256, "height and width of an image, in pixels", ge=1)
+    num_channels: int = setting(256, "C: channels of the latent, and tokens of an image", ge=1)
+    latent_size: int = setting(4, "height and width of the latent", ge=1)
+    num_bits: int = setting(14, "bits of a token; latent_size**2 means no projections", ge=1, le=16)
+    patch_size: int = setting(1, "space-to-depth factor around the network; 1 = none", ge=1)
+    encoder_widths: list[int] = setting([128, 128, 128, 256, 256, 512], "channels of each stage", ge=1)
+    decoder_widths: list[int] = setting([128, 128, 256, 256, 512], "channels of each stage", ge=1)
+    encoder_attention_sizes: list[int] = setting([], "map sizes at which encoder blocks are followed by attention")
+    decoder_attention_sizes: list[int] = setting([], "map sizes at which decoder blocks are followed by attention")
+    middle_attention: bool = setting(True, "attention between the two middle blocks")
+    linear_paths: bool = setting(
+        False,
+        "a linear map of overlapping patches beside the encoder and one beside the decoder, for small networks that "
+        "train briefly",
     )
-    decoder_attention_sizes: list[int] = field(
-        default_factory=list, metadata={"help": "map sizes at which decoder blocks are followed by attention"}
-    )
-    middle_attention: bool = field(default=True, metadata={"help": "attention between the two middle blocks"})
-    linear_paths: bool = field(
-        default=False,
-        metadata={"help": "a linear map of overlapping patches beside the encoder and one beside the decoder, for "
-                  "small networks that train briefly"},
-    )  # fmt: skip
-    num_heads: int = field(default=8, metadata={"help": "attention heads"})
+    num_heads: int = setting(8, "attention heads", ge=1)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_channels", "latent_size", "num_bits", "patch_size", "num_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_bits > 16:
-            raise InputError(f"num_bits is {self.num_bits}; at most 16 are allowed (tokens are stored as uint16)")
+        super().__post_init__()
         if len(self.encoder_widths) < 2 or not self.decoder_widths:
             raise InputError("encoder_widths needs at least two entries and decoder_widths at least one")
         for name in ("encoder_widths", "decoder_widths"):
             for width in getattr(self, name):
-                if width < 1 or width % GROUPS or width % self.num_heads:
+                if width % GROUPS or width % self.num_heads:
                     raise InputError(
                         f"{name} holds {width}; each width must be a multiple of {GROUPS} (GroupNorm) "
                         f"and of num_heads = {self.num_heads}"

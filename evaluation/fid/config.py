@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from common.errors import InputError, check_num_tokens
+from common.config import Config, Dtype, report_lengths, setting
+from common.errors import InputError
 from generator.config import SamplingConfig
 
 MIN_IMAGES = 10  # of a reference, and of samples
@@ -14,59 +15,46 @@ FULL = 50_000  # samples below which a distance is not called FID
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidConfig:
+class FidConfig(Config):
     """Flags of `benchmark.py fid` beside those of sampling."""
 
-    model: str = field(metadata={"help": "folder with tokenizer/ and generator/, or a hub name"})
-    reference: str = field(metadata={"help": "folder of images, or .npz of guided-diffusion or of --save-reference"})
-    num_tokens: list[int] | None = field(default=None, metadata={"help": "each k; default: 1 4 16 32 64 ... and all C"})
-    num_samples: int = field(default=FULL, metadata={"help": "N, split evenly over the classes"})
-    refine: int | None = field(
-        default=None,
-        metadata={"help": "steps of the refiner, for a second row of each k; default: as in sample.py"},
+    model: str = setting(help="folder with tokenizer/ and generator/, or a hub name")
+    reference: str = setting(help="folder of images, or .npz of guided-diffusion or of --save-reference")
+    num_tokens: list[int] | None = setting(None, "each k; default: 1 4 16 32 64 ... and all C", ge=1, unique=True)
+    num_samples: int = setting(FULL, "N, split evenly over the classes", ge=MIN_IMAGES)
+    refine: int | None = setting(
+        None, "steps of the refiner, for a second row of each k; default: as in sample.py", ge=0
     )
-    refine_cfg_scale: float | None = field(default=None, metadata={"help": "guidance of the refiner; default: 1"})
-    refine_temperature: float | None = field(
-        default=None, metadata={"help": "standard deviation of the refiner's noise; default: 1"}
+    refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 1", ge=0)
+    refine_temperature: float | None = setting(
+        None, "standard deviation of the refiner's noise; default: 1", ge=0, le=2
     )
-    seed: int = field(default=0, metadata={"help": "sample i is drawn with seed + i"})
-    batch_size: int = field(default=64, metadata={"help": "samples drawn together; an interruption loses one batch"})
-    features: str | None = field(default=None, metadata={"help": "classifier whose features replace Inception's"})
-    inception_weights: str | None = field(
-        default=None, metadata={"help": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth; default: download"}
+    seed: int = setting(0, "sample i is drawn with seed + i", ge=0)
+    batch_size: int = setting(64, "samples drawn together; an interruption loses one batch", ge=1)
+    features: str | None = setting(None, "classifier whose features replace Inception's")
+    inception_weights: str | None = setting(
+        None, "torch-fidelity's weights-inception-2015-12-05-6726825d.pth; default: download"
     )
-    classifier: str | None = field(default=None, metadata={"help": "for class accuracy; default: that of --features"})
-    class_names: str | None = field(default=None, metadata={"help": "anchors: JSON file, class folder -> class name"})
-    save_reference: str | None = field(default=None, metadata={"help": "write the reference's features to this .npz"})
-    anchors: bool = field(
-        default=False,
-        metadata={"help": "also measure the reference's images: halves, reconstructions, right and shuffled classes"},
+    classifier: str | None = setting(None, "for class accuracy; default: that of --features")
+    class_names: str | None = setting(None, "anchors: JSON file, class folder -> class name")
+    save_reference: str | None = setting(None, "write the reference's features to this .npz")
+    anchors: bool = setting(
+        False, "also measure the reference's images: halves, reconstructions, right and shuffled classes"
     )
-    save_images: bool = field(default=False, metadata={"help": "write each image as images/k0032/000000.png"})
-    save_npz: bool = field(
-        default=False, metadata={"help": "write samples-k0032.npz for the guided-diffusion evaluator"}
+    save_images: bool = setting(False, "write each image as images/k0032/000000.png")
+    save_npz: bool = setting(False, "write samples-k0032.npz for the guided-diffusion evaluator")
+    num_workers: int = setting(1, "processes that read the reference's images", ge=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    dtype: Dtype = setting("float32", "number format of the generator's weights")
+    compile: bool = setting(False, "compile drawing and decoding first")
+    sweep: list[str] | None = setting(
+        None, "measure all combinations, for example cfg_scale=1,1.5,2 temperature=0.85,1"
     )
-    num_workers: int = field(default=1, metadata={"help": "processes that read the reference's images"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "number format of the generator's weights"}
-    )
-    compile: bool = field(default=False, metadata={"help": "compile drawing and decoding first"})
-    sweep: list[str] | None = field(
-        default=None, metadata={"help": "measure all combinations, for example cfg_scale=1,1.5,2 temperature=0.85,1"}
-    )
-    write_settings: bool = field(
-        default=False, metadata={"help": "write the best settings of each k of a sweep to the model's sampling.json"}
-    )
-    output_dir: str = field(default="runs/fid", metadata={"help": "folder for results.json, results.md and images"})
+    write_settings: bool = setting(False, "write the best settings of each k of a sweep to the model's sampling.json")
+    output_dir: str = setting("runs/fid", "folder for results.json, results.md and images")
 
     def __post_init__(self) -> None:
-        if self.num_tokens is not None:
-            check_num_tokens(self.num_tokens)
-        minima = {"num_samples": MIN_IMAGES, "batch_size": 1, "seed": 0, "num_workers": 0}
-        for name, minimum in minima.items():
-            if getattr(self, name) < minimum:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        super().__post_init__()
         if not Path(self.reference).exists():
             raise InputError(f"reference {self.reference} is missing; give a folder of images or a .npz file")
         if self.anchors and not Path(self.reference).is_dir():
@@ -80,16 +68,8 @@ class FidConfig:
                 raise InputError(f"write_settings cannot write to {self.model}/generator; give a folder of your own")
 
     def token_counts(self, num_channels: int) -> list[int]:
-        """Each k to measure, in increasing order.
-
-        Raises:
-            InputError: a k above num_channels.
-        """
-        usual = [k for k in (1, 4, 16, 32, 64, 128, 256, 512) if k < num_channels]
-        token_counts = sorted(self.num_tokens or [*usual, num_channels])
-        if token_counts[-1] > num_channels:
-            raise InputError(f"num_tokens has {token_counts[-1]}; this model has 1..{num_channels}")
-        return token_counts
+        """Each k to measure, in increasing order."""
+        return report_lengths(self.num_tokens, num_channels, (1, 4, 16, 32, 64, 128, 256, 512))
 
 
 def sweep_settings(words: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Settings of `benchmark.py speed`; imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from common.errors import InputError, check_list, check_num_tokens
-from generator.config import GENERATOR_SIZES, ChannelGPTConfig, SamplingConfig
-from tokenizer.published import PUBLISHED_TOKENIZERS
+from common.config import Config, Dtype, report_lengths, setting
+from common.errors import InputError
+from generator.config import ChannelGPTConfig, Size
 
 Sampler = Literal["uncached", "transformers-dynamic", "transformers-static", "eager", "compiled"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
@@ -14,52 +14,33 @@ DEFAULT_GENERATOR, DEFAULT_TOKENIZER = "B", "paper-256"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedConfig:
+class SpeedConfig(Config):
     """Models and settings; every combination of number format, batch size and guidance is measured."""
 
-    generator: str | None = field(
-        default=None,
-        metadata={"help": f"size, with random weights: {', '.join(GENERATOR_SIZES)}; default: {DEFAULT_GENERATOR}"},
+    generator: Size | None = setting(None, f"size, with random weights; default: {DEFAULT_GENERATOR}")
+    tokenizer: Literal["paper-256", "paper-512", "none"] | None = setting(
+        None,
+        f"architecture, with random weights; none: 256 tokens of 14 bits, no images; default: {DEFAULT_TOKENIZER}",
     )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": f"architecture, with random weights: {', '.join(PUBLISHED_TOKENIZERS)}, or {NO_TOKENIZER}: "
-                  f"256 tokens of 14 bits, no pictures; default: {DEFAULT_TOKENIZER}"},
-    )  # fmt: skip
-    model: str | None = field(default=None, metadata={"help": "instead: a folder with tokenizer/ and generator/"})
-    num_tokens: list[int] | None = field(
-        default=None, metadata={"help": "each k to report; default: 32 64 128 192, as far as below C, and C"}
+    model: str | None = setting(None, "instead: a folder with tokenizer/ and generator/")
+    num_tokens: list[int] | None = setting(
+        None, "each k to report; default: 32 64 128 192, as far as below C, and C", ge=1, unique=True
     )
-    batch_size: list[int] = field(default_factory=lambda: [1], metadata={"help": "images drawn together"})
-    dtype: list[Literal["float32", "bfloat16"]] = field(
-        default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "number formats"}
+    batch_size: list[int] = setting([1], "images drawn together", ge=1, unique=True)
+    dtype: list[Dtype] = setting(["float32", "bfloat16"], "number formats", unique=True)
+    cfg_scale: list[float] = setting(
+        [1.0], "classifier-free guidance; 1 = off, others cost two passes", ge=0, unique=True
     )
-    cfg_scale: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "classifier-free guidance; 1 = off, others cost two passes"}
-    )
-    samplers: list[Sampler] = field(default_factory=lambda: list(SAMPLERS), metadata={"help": "what is compared"})
-    repeats: int = field(default=3, metadata={"help": "rounds; their median is reported"})
-    seed: int = field(default=0, metadata={"help": "of random weights and of drawing"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 or mps"})
-    output_dir: str = field(default="runs/speed", metadata={"help": "folder for speed.json, .md and .png"})
+    samplers: list[Sampler] = setting(list(SAMPLERS), "what is compared", unique=True)
+    repeats: int = setting(3, "rounds; their median is reported", ge=1)
+    seed: int = setting(0, "of random weights and of drawing")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    output_dir: str = setting("runs/speed", "folder for speed.json, .md and .png")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is not None and (self.generator is not None or self.tokenizer is not None):
             raise InputError("model is given, and so is generator or tokenizer; give either the one or the others")
-        if self.generator not in (None, *GENERATOR_SIZES):
-            raise InputError(f"generator {self.generator!r} is unknown; allowed: {', '.join(GENERATOR_SIZES)}")
-        if self.tokenizer not in (None, *PUBLISHED_TOKENIZERS, NO_TOKENIZER):
-            allowed = [*PUBLISHED_TOKENIZERS, NO_TOKENIZER]
-            raise InputError(f"tokenizer {self.tokenizer!r} is unknown; allowed: {', '.join(allowed)}")
-        for name in ("batch_size", "dtype", "cfg_scale", "samplers"):
-            check_list(name, getattr(self, name))
-        if self.num_tokens is not None:
-            check_num_tokens(self.num_tokens)
-        for name, least in (("batch_size", min(self.batch_size)), ("repeats", self.repeats)):
-            if least < 1:
-                raise InputError(f"{name} is {least}; it must be at least 1")
-        for scale in self.cfg_scale:
-            SamplingConfig(cfg_scale=scale)  # checks the value
 
     def budgets(self, model: ChannelGPTConfig) -> list[int]:
         """Each k to report, rising.
@@ -67,10 +48,6 @@ class SpeedConfig:
         Raises:
             InputError: a k or a guidance that the model does not have.
         """
-        channels = model.num_channels
-        budgets = sorted(self.num_tokens or [*(k for k in (32, 64, 128, 192) if k < channels), channels])
-        if budgets[-1] > channels:
-            raise InputError(f"num_tokens has {budgets[-1]}; this model draws 1..{channels}")
         if self.cfg_scale != [1] and not model.has_null_label:
             raise InputError(f"cfg_scale is {self.cfg_scale}, but this model was trained without null label; use 1")
-        return budgets
+        return report_lengths(self.num_tokens, model.num_channels, (32, 64, 128, 192))
