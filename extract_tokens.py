@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from common import cli
 from common.errors import InputError
-from tokenizer.settings import DataConfig, ExtractionConfig
+from tokenizer.settings import DataConfig, ExtractionConfig, VerificationConfig
 
 if TYPE_CHECKING:
     from common.team import Team
@@ -17,9 +17,9 @@ logger = logging.getLogger("tokenizer.extract_tokens")
 
 def main() -> None:
     """Parse, then check a store or write one."""
-    folder = cli.parse_alone("verify")
-    if folder is not None:
-        check(folder)
+    if cli.has_flag("verify"):
+        (verification,) = cli.parse(VerificationConfig, description=__doc__)
+        check(verification.verify)
     else:
         extract(*cli.parse(ExtractionConfig, DataConfig, description=__doc__))
 

@@ -179,27 +179,10 @@ def parse_command(
     return command, parse(*commands[command], argv=rest, description=description, command=command)
 
 
-def parse_alone(name: str, argv: Sequence[str] | None = None) -> str | None:
-    """The value of a flag that stands in place of all others; None where it is not given, or help is asked for.
-
-    Args:
-        name: the flag, without dashes.
-        argv: the words after the program's name; None reads the process's own.
-
-    Raises:
-        InputError: it has no value, or company.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    flag = f"--{name}"
-    if flag not in (word.split("=")[0] for word in words) or {"-h", "--help"} & set(words):
-        return None
-    if len(words) == 1 and "=" in words[0]:
-        words = words[0].split("=", 1)
-    company = [word for word in words if word.startswith("-") and word != flag]
-    if company or len(words) != 2 or words[0] != flag or not words[1]:
-        what = f"leave {company[0]} away" if company else f"given is {shlex.join(words)}"
-        raise InputError(f"{flag} takes one value, and no other flag stands beside it; {what}")
-    return words[1]
+def has_flag(name: str, argv: Sequence[str] | None = None) -> bool:
+    """Whether a flag is on the command line."""
+    words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    return f"--{name}" in words
 
 
 def command_line() -> str:

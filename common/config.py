@@ -1,11 +1,13 @@
 """Base of all configurations: dataclasses whose fields state help text, bounds and choices; imports no torch."""
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from common.errors import InputError
 
@@ -80,6 +82,10 @@ def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
         if not isinstance(value, list | tuple):
             raise InputError(f"{name} is {value!r}; it must be a list")
         return [_checked(name, entry, get_args(hint)[0], bounds) for entry in value]
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{name} is {value!r}; it must be a mapping")
+        return {key: _checked(f"{name} of {key}", entry, get_args(hint)[1], bounds) for key, entry in value.items()}
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(str, get_args(hint)))}")
@@ -113,6 +119,32 @@ class Config:
             if entry.metadata.get("unique") and value is not None and (not value or len(set(value)) < len(value)):
                 raise InputError(f"{entry.name} is {value}; give one or more values, each once")
             object.__setattr__(self, entry.name, value)
+
+    @classmethod
+    def from_file(cls, content: Any, path: str | Path) -> Self:
+        """Build from the content of a file.
+
+        Args:
+            content: what the file holds.
+            path: shown in errors.
+
+        Raises:
+            InputError: content that is not a mapping, unknown or missing keys, or values that are not allowed.
+        """
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds no object with named values; restore it or create it again")
+        known = {entry.name: entry for entry in fields(cls)}
+        for name in content:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=2) or sorted(known)
+                raise InputError(f"{path}: unknown key {name!r}; did you mean {' or '.join(close)}?")
+        for name, entry in known.items():
+            if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
+                raise InputError(f"{path}: key {name!r} is missing; restore the file or create it again")
+        try:
+            return cls(**content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def report_lengths(given: Sequence[int] | None, num_channels: int, usual: Sequence[int]) -> list[int]:

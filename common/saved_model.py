@@ -1,30 +1,30 @@
-"""Models saved as a folder: config.json, a dataclass, and model.safetensors."""
+"""Models saved as a folder: config.json, a `Config`, and model.safetensors."""
 
-import difflib
 import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
 
 from common.checkpoint import load_tensors, read_json, resolve_folder, save_tensors, write_text
+from common.config import Config
 from common.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TRANSFORMERS_KEYS = {"architectures", "dtype", "transformers_version"}  # in files that earlier versions wrote
-C = TypeVar("C")
+C = TypeVar("C", bound=Config)
 
 
 class SavedModel(nn.Module):
     """A network that is saved as a folder of config.json and model.safetensors.
 
-    Subclasses define `config_class`, a dataclass that checks itself, and `model_type`, which config.json names.
+    Subclasses define `config_class`, a `Config`, and `model_type`, which config.json names.
     """
 
-    config_class: ClassVar[type[Any]]
+    config_class: ClassVar[type[Config]]
     model_type: ClassVar[str]
 
     def __init__(self, config: Any):
@@ -119,12 +119,4 @@ def read_config(path: Path, kind: type[C], model_type: str) -> C:
             f"{path.parent} holds a model of type {found!r}, needed is {model_type!r}; "
             "give another folder, or train the model again if an earlier version wrote it"
         )
-    hints = get_type_hints(kind)
-    for name in content:
-        if name not in hints and name not in TRANSFORMERS_KEYS:
-            close = difflib.get_close_matches(name, hints, n=2) or sorted(hints)
-            raise InputError(f"{path}: unknown key {name!r}; did you mean {' or '.join(close)}?")
-    try:
-        return kind(**{name: value for name, value in content.items() if name in hints})
-    except (TypeError, InputError) as error:
-        raise InputError(f"{path} does not describe a {model_type} model: {error}") from error
+    return kind.from_file({name: value for name, value in content.items() if name not in TRANSFORMERS_KEYS}, path)

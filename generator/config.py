@@ -206,12 +206,12 @@ class SampleConfig(Config):
         None, "seconds for each batch, decoding included; draws as far as they reach", gt=0
     )
     stop_when_stable: float | None = setting(
-        None, "end an image once half its channels changed it by less than so many grey levels", ge=0
+        None, "end an image once half its channels changed it by less than so many grey levels", gt=0
     )
     continue_from: str | None = setting(None, "tokens.npz of a drawing to continue")
     rows: list[int] | None = setting(None, "rows of it to continue; default: all")
     sketch_tokens: int | None = setting(None, "draw all images so far, then choose; see keep")
-    keep: int | None = setting(None, "sketches of each class to finish: the likeliest")
+    keep: int | None = setting(None, "sketches of each class to finish: the likeliest", ge=1)
     prefix_image: str | None = setting(None, "photograph whose first channels are kept")
     prefix_tokens: int = setting(16, "how many channels of it are kept")
     refine: int | None = setting(
@@ -233,6 +233,10 @@ class SampleConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.sketch_tokens is None) != (self.keep is None):
+            raise InputError("sketch_tokens and keep go together; give both or neither")
+        if self.sketch_tokens is not None and self.num_tokens is not None and len(set(self.num_tokens)) > 1:
+            raise InputError("num_tokens must be one number with sketch_tokens")
         if self.rows is not None and self.continue_from is None:
             raise InputError("rows are those of a drawing; give it with --continue-from")
         if self.continue_from is None:

@@ -24,11 +24,10 @@ from generator.model import ChannelGPT
 from generator.settings import ModelSettings
 from generator.stopping import (
     Deadline,
+    KeepBest,
     Scorer,
     StopRule,
     WhenStable,
-    check_deadline,
-    keep_best,
     log_likelihood_scorer,
     ruled,
     waiter,
@@ -246,7 +245,6 @@ class ChannelTokPipeline:
         images = self.images(class_labels, seeds)
         rules: list[StopRule] = []
         if deadline is not None:
-            check_deadline(deadline)
             # what is compiled, captured or measured once is done before the clock starts
             for _ in stream(self.engine, class_labels, seeds, 1, config, scored=scored):
                 decode_seconds = self.pictures.seconds(len(class_labels))
@@ -328,7 +326,7 @@ class ChannelTokPipeline:
         if keep < 1:
             raise InputError(f"keep is {keep}; it must be at least 1")
         steps = self.stream(class_labels, end, seed, **({"scored": True} | options))
-        return keep_best(steps, list(class_labels), sketch_tokens, keep, scorer)
+        return ruled(steps, [KeepBest(list(class_labels), sketch_tokens, keep, scorer)])
 
 
 def load_refiner(folder: Path, tokenizer: ChannelTokenizer, class_names: Sequence[str]) -> Refiner:

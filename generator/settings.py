@@ -43,7 +43,9 @@ class ModelSettings:
             return cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
         content = read_json(path)
         try:
-            found = {int(k): SamplingConfig(**settings) for k, settings in content["by_num_tokens"].items()}
+            found = {
+                int(k): SamplingConfig.from_file(settings, path) for k, settings in content["by_num_tokens"].items()
+            }
             settings = cls(by_num_tokens=found, fingerprint=content["model"], measured=dict(content["measured"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} holds no settings ({error}); remove it, or measure again") from error

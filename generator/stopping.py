@@ -1,8 +1,9 @@
-"""Reasons to stop a drawing before its last channel: a clock, the picture itself, and a better sketch.
+"""Rules that stop images before their last channel: a deadline, a stable image, better images of the same class.
 
 A rule is called after every step and names the images to stop there; `generate.Step.stop` does the rest.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -33,8 +34,8 @@ class Deadline:
     eight did. At least one token is drawn, however short the time.
 
     Args:
-        seconds: from now to the finished pictures.
-        decode_seconds: what decoding all of them takes, measured.
+        seconds: from now to the finished images.
+        decode_seconds: measured time to decode all of them.
         wait: called before the clock is read; waits for the device, or does nothing on a CPU.
         clock: seconds, only differences count.
 
@@ -49,7 +50,8 @@ class Deadline:
         wait: Callable[[], None],
         clock: Clock = time.perf_counter,
     ):
-        check_deadline(seconds)
+        if not 0 < seconds < math.inf:
+            raise InputError(f"deadline is {seconds}; it must be a number of seconds above 0")
         self._clock, self._wait = clock, wait
         self._latest = clock()
         self._end = self._latest + seconds - decode_seconds
@@ -65,16 +67,15 @@ class Deadline:
 
 
 class WhenStable:
-    """Stop an image when further channels have stopped to change its picture.
+    """Stop an image when further channels no longer change it.
 
-    After every C/16 tokens the pictures are decoded, and each is compared with itself one such stride
-    before: the mean absolute difference over its pixels and colours, in grey levels of 0..255. An image
-    stops when that is below `epsilon`. The full picture then differs by one to two times that, as
-    channels are ordered by what they bring.
+    After every C/16 tokens all images are decoded, and each is compared with itself C/16 tokens before: the mean
+    absolute difference over pixels and colours, in grey levels of 0..255. An image stops when that is below `epsilon`;
+    the full image then differs by one to two times that.
 
     Args:
         epsilon: grey levels, above 0.
-        decode: tokens to pictures.
+        decode: tokens to images.
         num_channels: C of the model; the stride does not depend on the number of tokens that was requested.
 
     Raises:
@@ -82,13 +83,14 @@ class WhenStable:
     """
 
     def __init__(self, epsilon: float, decode: Decode, num_channels: int):
-        check_epsilon(epsilon)
+        if not 0 < epsilon < math.inf:
+            raise InputError(f"stop_when_stable is {epsilon}; it must be a number of grey levels above 0")
         self._epsilon, self._decode = epsilon, decode
         self._stride = max(1, num_channels // 16)
         self._before: dict[int, Tensor] = {}
 
     def __call__(self, step: Step) -> Sequence[int]:
-        """The images whose pictures are stable by now."""
+        """The images that are stable at this step."""
         if step.num_tokens % self._stride or not step.drawing:
             return ()
         pictures = self._decode(step.tokens[list(step.drawing)]).short()
@@ -100,20 +102,8 @@ class WhenStable:
         return [image for image, change in zip(known, changes, strict=True) if change < self._epsilon]
 
 
-def check_deadline(seconds: float) -> None:
-    """Refuse a deadline that is no time from now."""
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"deadline is {seconds}; it must be a number of seconds above 0")
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Refuse a threshold that nothing could be below."""
-    if not 0 < epsilon < float("inf"):
-        raise InputError(f"stop_when_stable is {epsilon}; it must be a number of grey levels above 0")
-
-
 def waiter(device: torch.device) -> Callable[[], None]:
-    """A function that returns when the device has done all it was given; a CPU always has."""
+    """A function that waits for the device; it does nothing on a CPU."""
     if device.type == "cuda":
         return lambda: torch.cuda.current_stream(device).synchronize()
     if device.type == "mps":
@@ -124,32 +114,36 @@ def waiter(device: torch.device) -> Callable[[], None]:
 def log_likelihood_scorer(step: Step) -> Sequence[float]:
     """The built-in scorer: the generator's own log-likelihood of each image's tokens, in nats."""
     if step.log_likelihood is None:
-        raise InputError("the stream carries no log-likelihood; ask for it with scored=True")
+        raise InputError("the stream has no log-likelihood; set scored=True")
     scores: list[float] = step.log_likelihood.tolist()
     return scores
 
 
-def best_of_each_class(class_labels: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
-    """Indices of the `keep` highest scores of each class, in their order; ties go to the earlier image."""
-    ranked = sorted(range(len(scores)), key=lambda image: -scores[image])
-    chosen: list[int] = []
-    for label in dict.fromkeys(class_labels):
-        chosen += [image for image in ranked if class_labels[image] == label][:keep]
-    return sorted(chosen)
+class KeepBest:
+    """At a given k, stop all images but the best of each class; ties go to the earlier image.
 
-
-def keep_best(
-    steps: Iterator[Step], class_labels: Sequence[int], sketch_tokens: int, keep: int, scorer: Scorer
-) -> Iterator[Step]:
-    """Steps of a stream of which, from sketch_tokens on, only the `keep` best images of each class continue.
+    Args:
+        class_labels: of the images.
+        num_tokens: the k at which images are compared.
+        keep: number of images of each class that continue.
+        scorer: a step -> a number for each image, higher is better.
 
     Raises:
         InputError: scores of another number than there are images.
     """
-    for step in steps:
-        if step.num_tokens == sketch_tokens:
-            scores = list(scorer(step))
-            if len(scores) != len(class_labels):
-                raise InputError(f"the scorer gave {len(scores)} numbers for {len(class_labels)} images")
-            step.keep(best_of_each_class(class_labels, scores, keep))
-        yield step
+
+    def __init__(self, class_labels: Sequence[int], num_tokens: int, keep: int, scorer: Scorer):
+        self._labels, self._num_tokens, self._keep, self._scorer = class_labels, num_tokens, keep, scorer
+
+    def __call__(self, step: Step) -> Sequence[int]:
+        """The images that are not kept, at the given k."""
+        if step.num_tokens != self._num_tokens:
+            return ()
+        scores = list(self._scorer(step))
+        if len(scores) != len(self._labels):
+            raise InputError(f"the scorer gave {len(scores)} numbers for {len(self._labels)} images")
+        stopped: list[int] = []
+        for label in dict.fromkeys(self._labels):
+            own = [image for image, other in enumerate(self._labels) if other == label]
+            stopped += sorted(own, key=lambda image: -scores[image])[self._keep :]
+        return stopped

@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class TokenFile:
                     num_tokens=torch.from_numpy(content["num_tokens"].astype(np.int64)),
                     class_labels=content["class_labels"].tolist(),
                     seeds=content["seeds"].tolist(),
-                    sampling=SamplingConfig(**json.loads(str(content["sampling"]))),
+                    sampling=SamplingConfig.from_file(json.loads(str(content["sampling"])), path),
                     fingerprint=str(content["fingerprint"]),
                 )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -91,34 +91,40 @@ class TokenFile:
         """Some rows, in that order.
 
         Raises:
-            InputError: a row that is not there, or named twice.
+            InputError: a row that does not exist, or is given twice.
         """
         for row in rows:
             if not 0 <= row < len(self.seeds):
-                raise InputError(f"row {row} is out of range; this drawing has 0..{len(self.seeds) - 1}")
+                raise InputError(f"row {row} is out of range; this file has 0..{len(self.seeds) - 1}")
         if len(set(rows)) < len(rows):
-            raise InputError(f"rows names {max(rows, key=list(rows).count)} twice; name each once")
-        return TokenFile(
+            raise InputError(f"rows has {max(rows, key=list(rows).count)} twice; give each once")
+        return replace(
+            self,
             tokens=self.tokens[list(rows)],
             num_tokens=self.num_tokens[list(rows)],
             class_labels=[self.class_labels[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
-            sampling=self.sampling,
-            fingerprint=self.fingerprint,
+        )
+
+    def joined(self, other: "TokenFile") -> "TokenFile":
+        """The rows of this file, then those of another."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        return replace(
+            other,
+            tokens=torch.cat([_widened(part.tokens, width) for part in (self, other)]),
+            num_tokens=torch.cat([self.num_tokens, other.num_tokens]),
+            class_labels=[*self.class_labels, *other.class_labels],
+            seeds=[*self.seeds, *other.seeds],
         )
 
     def with_rows(self, rows: Sequence[int], other: "TokenFile") -> "TokenFile":
-        """This drawing, its rows replaced by those of another; all else stays."""
+        """This file with the tokens of some rows, and the sampling settings, of another."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
-        tokens = torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1]))
-        num_tokens = self.num_tokens.clone()
-        tokens[list(rows)] = torch.nn.functional.pad(other.tokens, (0, width - other.tokens.shape[1]))
+        tokens, num_tokens = _widened(self.tokens, width), self.num_tokens.clone()
+        tokens[list(rows)] = _widened(other.tokens, width)
         num_tokens[list(rows)] = other.num_tokens
-        return TokenFile(
-            tokens=tokens,
-            num_tokens=num_tokens,
-            class_labels=self.class_labels,
-            seeds=self.seeds,
-            sampling=other.sampling,
-            fingerprint=self.fingerprint,
-        )
+        return replace(self, tokens=tokens, num_tokens=num_tokens, sampling=other.sampling)
+
+
+def _widened(tokens: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]))

@@ -23,17 +23,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoint import read_json, write_text, written_whole
+from common.config import Config, setting
 from common.errors import InputError
 
 VERSION = 2
 VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # token sequences of each image of train
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-MAX_BITS = 16  # tokens are stored as uint16
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreHeader:
+class StoreHeader(Config):
     """Settings that all shards of a token store share.
 
     split_files and listings: for each split the number of image files and the fingerprint of their listing.
@@ -41,24 +41,19 @@ class StoreHeader:
     """
 
     tokenizer_fingerprint: str
-    num_channels: int
-    num_bits: int
+    num_channels: int = setting(ge=1)
+    num_bits: int = setting(ge=1, le=16)
     class_names: list[str]
-    views: str
-    shard_size: int
+    views: Literal["none", "flip", "ten-crop"]
+    shard_size: int = setting(ge=1)
     split_files: dict[str, int]
     listings: dict[str, str]
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.version != VERSION:
             raise InputError(f"the token store has version {self.version}; this program reads {VERSION}: extract again")
-        if self.views not in VIEWS:
-            raise InputError(f"views is {self.views!r}; allowed: {', '.join(VIEWS)}")
-        if self.shard_size < 1:
-            raise InputError(f"shard_size is {self.shard_size}; it must be at least 1")
-        if not 1 <= self.num_bits <= MAX_BITS:
-            raise InputError(f"num_bits is {self.num_bits}; a token store holds tokens of 1 to {MAX_BITS} bits")
 
     def num_views(self, split: str) -> int:
         """Token sequences of each image; val has one, of the unchanged image."""
@@ -89,7 +84,7 @@ class StoreHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRecord:
+class ShardRecord(Config):
     """Content of a shard's JSON file; tokens and labels are the sha256 of the two arrays' files."""
 
     rows: int
@@ -146,11 +141,8 @@ class TokenStore:
         Raises:
             InputError: no header, or a damaged one.
         """
-        content = read_json(Path(folder) / "store.json")
-        try:
-            return StoreHeader(**content)
-        except TypeError as error:
-            raise InputError(f"{folder}/store.json is not of a token store ({error}); extract again") from error
+        path = Path(folder) / "store.json"
+        return StoreHeader.from_file(read_json(path), path)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -188,11 +180,9 @@ class TokenStore:
             InputError: it is missing or damaged, is of another tokenizer, or does not account for the shard's files.
         """
         files, expected = len(self.header.shard_files(split, shard)), self.header.tokenizer_fingerprint
-        try:
-            record = ShardRecord(**read_json(self._path(split, shard, "json")))
-            found = record.rows + len(record.left_out)
-        except TypeError as error:
-            raise self._refusal(split, shard, "json", f"is not a shard's ({error})") from error
+        path = self._path(split, shard, "json")
+        record = ShardRecord.from_file(read_json(path), path)
+        found = record.rows + len(record.left_out)
         if record.tokenizer_fingerprint != expected:
             problem = f"is of the tokenizer {record.tokenizer_fingerprint}, the store is of {expected}"
             raise self._refusal(split, shard, "json", problem)

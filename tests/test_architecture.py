@@ -1,4 +1,4 @@
-"""Which module may import which: rules over the syntax tree of every product file, and what a process has loaded."""
+"""Rules of imports over the syntax tree of every product file, and modules that a process loads."""
 
 import ast
 import json
@@ -101,16 +101,8 @@ def library_elsewhere(path, tree):
     return [name for name in imports(path, tree) if not allowed.get(name.split(".")[0], True)]
 
 
-def prints_in_packages(path, tree):
-    return [] if package(path) == "scripts" else ["print(" for call in calls(tree) if dotted(call.func) == "print"]
-
-
 def getattr_with_default(path, tree):
     return ["getattr with a default" for call in calls(tree) if dotted(call.func) == "getattr" and len(call.args) > 2]
-
-
-def edits_the_path(path, tree):
-    return [name for name in used(path, tree) if name == "sys.path" or name.startswith("sys.path.")]
 
 
 def loose_loading(path, tree):
@@ -125,10 +117,6 @@ def loose_loading(path, tree):
     ]
 
 
-def bare_excepts(path, tree):
-    return ["bare except" for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
-
-
 def main_in_packages(path, tree):
     if package(path) == "scripts":
         return []
@@ -141,11 +129,8 @@ RULES = [
     command_line_elsewhere,
     weights_elsewhere,
     library_elsewhere,
-    prints_in_packages,
     getattr_with_default,
-    edits_the_path,
     loose_loading,
-    bare_excepts,
     main_in_packages,
 ]
 
@@ -198,14 +183,9 @@ def test_product_files_follow_the_rules(path):
         ("generator/model.py", "def f():\n    import transformers.models.llama", "library_elsewhere"),
         ("tokenizer/losses.py", "from accelerate import Accelerator", "library_elsewhere"),
         ("common/runtime.py", "import accelerate.utils", "library_elsewhere"),
-        ("common/a.py", "print('hello')", "prints_in_packages"),
         ("sample.py", "x = getattr(a, 'b', None)", "getattr_with_default"),
-        ("sample.py", "import sys\nsys.path.insert(0, '.')", "edits_the_path"),
-        ("common/a.py", "from sys import path", "edits_the_path"),
-        ("common/a.py", "import sys\nsys.path = []", "edits_the_path"),
         ("common/a.py", "model.load_state_dict(state, strict=False)", "loose_loading"),
         ("common/checkpoint.py", "import torch\ntorch.load('a', weights_only=False)", "loose_loading"),
-        ("sample.py", "try:\n    f()\nexcept:\n    pass", "bare_excepts"),
         ("common/a.py", "if __name__ == '__main__':\n    f()", "main_in_packages"),
         ("common/a.py", "x = 1\n" * 351, "too_long"),
     ],
@@ -232,7 +212,6 @@ def test_violations_are_found(path, source, rule):
         ("common/team.py", "def f():\n    from accelerate import PartialState"),
         ("train_ar.py", "from accelerate import Accelerator"),
         ("common/a.py", "getattr(a, 'b')\nzip(a, b, strict=False)\nload(a, strict=True)\nx = 'print(1)'"),
-        ("common/a.py", "try:\n    f()\nexcept Exception:\n    pass"),
         ("common/a.py", "x = 1\n" * 350),
     ],
 )

@@ -298,38 +298,3 @@ def test_a_bug_keeps_its_traceback(run_script):
 def test_an_interrupt_ends_with_130_and_no_traceback(run_script):
     done = run_script("--do", "interrupt")
     assert (done.code, done.err) == (130, "")
-
-
-@pytest.mark.parametrize(
-    ("argv", "value"),
-    [
-        (["--check", "store"], "store"),
-        (["--check=store"], "store"),
-        ([], None),
-        (["--checks", "a"], None),
-        (["--other", "check"], None),
-        (["--check", "a", "--help"], None),
-        (["-h", "--check"], None),
-    ],
-)
-def test_an_exclusive_flag(argv, value):
-    assert cli.parse_alone("check", argv) == value
-
-
-@pytest.mark.parametrize(
-    ("argv", "match"),
-    [
-        (["--check"], "--check takes one value"),
-        (["--check="], "--check takes one value"),
-        (["--check", "a", "b"], "--check a b"),
-        (["a", "--check"], "a --check"),
-        (["--check", "a", "--views", "flip"], "leave --views away"),
-        (["--views", "flip", "--check=a"], "leave --views away"),
-        (["--check", "--views"], "leave --views away"),
-        (["--check", "a", "--check", "b"], "--check a --check b"),
-    ],
-)
-def test_an_exclusive_flag_with_other_flags_or_without_its_value_is_refused(argv, match):
-    with pytest.raises(InputError, match=match) as caught:
-        cli.parse_alone("check", argv)
-    assert "\n" not in str(caught.value)

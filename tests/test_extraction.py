@@ -253,10 +253,9 @@ def test_verify_is_exclusive(scripts: ScriptRunner, whole: Path, tmp_path: Path)
     config.write_text(f"verify: {whole}\n")
     for given, named in (
         (["--verify", whole, "--views", "flip"], "--views"),
-        (["--verify"], "--verify takes one value"),
+        (["--verify"], "expected one argument"),
         (["--verify", tmp_path], "store.json is missing"),
-        (["--config", config, "--tokenizer", "a", "--output-dir", "b", "--data-dir", "c"], "--verify STORE"),
-        (["--verfy", whole, "--tokenizer", "a", "--output-dir", "b"], "--verify"),
+        (["--config", config, "--tokenizer", "a", "--output-dir", "b", "--data-dir", "c"], "unknown key 'verify'"),
     ):
         done = scripts("extract_tokens.py", *given)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from generator.config import SamplingConfig
 from generator.engine import Engine
 from generator.generate import stream
 from generator.pipeline import ChannelTokPipeline
-from generator.stopping import best_of_each_class
+from generator.stopping import KeepBest
 from tokenizer import ChannelTokenizer
 
 C = 16
@@ -128,9 +129,14 @@ def test_a_scorer_is_any_callable_and_may_use_the_pictures(pipeline: ChannelTokP
         list(pipeline.stream_best([1] * 6, 3, 1, scorer=lambda step: [1.0]))
 
 
-def test_best_of_each_class() -> None:
-    assert best_of_each_class([0, 0, 0, 1, 1], [1.0, 3.0, 3.0, -5.0, -6.0], 1) == [1, 3]
-    assert best_of_each_class([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0], 5) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("labels", "scores", "keep", "kept"),
+    [([0, 0, 0, 1, 1], [1.0, 3.0, 3.0, -5.0, -6.0], 1, {1, 3}), ([0, 1, 0, 1], [1.0, 2.0, 3.0, 4.0], 5, {0, 1, 2, 3})],
+)
+def test_the_best_of_each_class_continue(labels: list[int], scores: list[float], keep: int, kept: set[int]) -> None:
+    rule = KeepBest(labels, 4, keep, lambda step: scores)
+    assert set(rule(SimpleNamespace(num_tokens=4))) == set(range(len(labels))) - kept
+    assert not rule(SimpleNamespace(num_tokens=5))
 
 
 # ------------------------------------------------------------------------------------- loading

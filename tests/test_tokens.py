@@ -157,9 +157,14 @@ def test_impossible_arrays_with_a_right_checksum_are_not_read(
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"tokenizer_fingerprint": "another"}, "tokenizer another"), ({"rows": 3}, "3 rows and 0 files left out"),
-     ({"left_out": ["n/y.jpg: cut"]}, "covers 2 files"), ({"rows": "2"}, "not a shard's"), ({"colour": 1}, "colour")],
-)  # fmt: skip
+    [
+        ({"tokenizer_fingerprint": "another"}, "tokenizer another"),
+        ({"rows": 3}, "3 rows and 0 files left out"),
+        ({"left_out": ["n/y.jpg: cut"]}, "covers 2 files"),
+        ({"rows": "2"}, "rows is '2'; it must be of type int"),
+        ({"colour": 1}, "colour"),
+    ],
+)
 def test_a_shard_of_another_store_is_refused(store: TokenStore, change: dict[str, object], match: str) -> None:
     path = store.folder / "train-00002.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -198,12 +198,13 @@ class ExtractionConfig(Config):
     num_workers: int = setting(1, "processes that read images", ge=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     strict: bool = setting(False, "stop at an unreadable image instead of omitting it")
-    verify: str | None = setting(None, "alone on the command line: a token store to check, in place of making one")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.verify is not None:
-            raise InputError("verify takes no other flag: extract_tokens.py --verify STORE")
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationConfig(Config):
+    """The flag of extract_tokens.py that takes no others."""
+
+    verify: str = setting(help="without other flags: a token store to check, in place of making one")
 
 
 @dataclass(frozen=True, kw_only=True)
