@@ -9,7 +9,7 @@ from common.errors import InputError
 from tokenizer.settings import DataConfig, ExtractionConfig, VerificationConfig
 
 if TYPE_CHECKING:
-    from common.team import Team
+    from common.runtime import Team
 
 # modules that load torch are imported in functions, so that --help and mistakes are answered at once
 logger = logging.getLogger("tokenizer.extract_tokens")
@@ -56,7 +56,7 @@ def check(folder: str) -> None:
 
 def extract(config: ExtractionConfig, data: DataConfig) -> None:
     """Write the shards that are missing, in one process or those that a launcher started."""
-    from common.team import team
+    from common.runtime import team
 
     with team(config.device) as workers:
         write_shards(config, data, workers)

@@ -1,4 +1,4 @@
-"""Devices, number formats and signals."""
+"""Devices, number formats, signals, and processes that share work."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,6 +19,7 @@ from common.config import DTYPES
 from common.errors import InputError
 
 M = TypeVar("M", bound=nn.Module)
+TIMEOUT = timedelta(days=2)  # of one process that waits for another, whose device may be slower or share larger
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -155,3 +158,62 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """For the processes that read data: the one that trains decides what a signal to all of them means."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """The processes of a launcher: this one is `index` of `count` and uses `device`."""
+
+    index: int
+    count: int
+    device: torch.device
+    _state: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what exists once."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until every process has called this.
+
+        Raises:
+            InputError: another process has ended.
+        """
+        if self._state is None:
+            return
+        try:
+            self._state.wait_for_everyone()
+        except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or "onnection" in str(error)):
+                raise
+            raise InputError("another process has ended before its time; see its own message") from error
+
+
+@contextmanager
+def team(device_name: str) -> Iterator[Team]:
+    """The processes that a launcher started, or this one alone.
+
+    Args:
+        device_name: auto, cpu, cuda, cuda:1 or mps.
+
+    Raises:
+        InputError: a single GPU for several processes.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = pick_device("cpu" if on_cpu else device_name)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Team(index=0, count=1, device=device, _state=None)
+        return
+    from accelerate import PartialState
+
+    # accelerate starts processes of CUDA devices; those of other devices communicate as CPU processes
+    state = PartialState(cpu=device.type != "cuda", timeout=TIMEOUT)
+    if device.type == "cuda":
+        if device.index is not None:
+            raise InputError(f"device is {device_name!r}, one GPU for {state.num_processes} processes; omit --device")
+        device = state.device
+    try:
+        yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
+    finally:
+        state.destroy_process_group()

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.bit_prior import BitPrior
-from common.checkpoint import resolve_folder
+from common.checkpoint import SavedModel, resolve_folder
 from common.errors import InputError
-from common.saved_model import SavedModel
 from generator.config import ChannelGPTConfig, GeneratorConfig, size_of
 
 INIT_STD = 0.02

@@ -17,8 +17,7 @@ from tqdm import tqdm
 from common.config import Refinement
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_pil
-from common.runtime import StopOnSignal, is_out_of_memory, pick_dtype
-from common.team import Team, team
+from common.runtime import StopOnSignal, Team, is_out_of_memory, pick_dtype, team
 from generator.config import SampleConfig
 from generator.generate import Preview, Step
 from generator.pipeline import ChannelTokPipeline

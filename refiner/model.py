@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.saved_model import SavedModel
+from common.checkpoint import SavedModel
 from refiner.config import RefinerConfig
 
 TRUNK_MAPS, PIXEL_MAPS = 16, 32  # feature maps at full resolution, from the transformer and of the pixel head

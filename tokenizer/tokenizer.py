@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import fingerprint, load_foreign_state
+from common.checkpoint import SavedModel, fingerprint, load_foreign_state
 from common.errors import InputError
-from common.saved_model import SavedModel
 from tokenizer.autoencoder import Decoder, Encoder
 from tokenizer.bsq import (
     BinarySphericalQuantizer,

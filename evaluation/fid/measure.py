@@ -19,8 +19,7 @@ from common.errors import InputError
 from common.images import save_png, to_pil
 from common.measuring import machine, synchronize, versions
 from common.randomness import generator_for
-from common.runtime import is_out_of_memory, pick_dtype
-from common.team import Team, team
+from common.runtime import Team, is_out_of_memory, pick_dtype, team
 from evaluation.features import sample_metrics
 from evaluation.fid.config import FidConfig, sweep_settings
 from evaluation.fid.reference import FeatureNetworks, Reference, read_reference
