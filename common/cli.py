@@ -21,7 +21,7 @@ import yaml
 
 from common.errors import InputError
 
-LOGGERS = ("common", "evaluation", "generator", "refiner", "tokenizer", "training")  # one for each package
+LOGGERS = ("common", "evaluation", "generator", "page", "refiner", "tokenizer", "training")  # one for each package
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> str:

@@ -162,3 +162,25 @@ def captioned_table(
                 enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(enlarged, (left + j * (width + gap), top + i * (height + gap)))
     return sheet
+
+
+def save_animation(
+    pictures: Sequence[Image.Image], path: str | Path, *, seconds: float = 3.0, min_side: int = 256
+) -> None:
+    """Write an animated WebP or GIF, by the ending of `path`; the last picture stays for a second.
+
+    Args:
+        pictures: of one size.
+        path: ends in .webp or .gif.
+        seconds: duration of all pictures but the last.
+        min_side: small pictures are enlarged by an integer factor until a side has about this many pixels.
+    """
+    width, height = pictures[0].size
+    factor = max(1, round(min_side / height))
+    frames = [picture.resize((width * factor, height * factor), Image.Resampling.NEAREST) for picture in pictures]
+    durations = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
+    with written_whole(path) as temporary:
+        frames[0].save(
+            temporary, format=Path(path).suffix[1:].upper(), save_all=True, append_images=frames[1:],
+            duration=durations, loop=0, quality=90,
+        )  # fmt: skip

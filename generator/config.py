@@ -202,6 +202,8 @@ class SampleConfig(Config):
     samples_per_class: int = setting(1, "images of each class", ge=1)
     seed: int = setting(0, "image i is drawn with seed + i", ge=0)
     previews: list[int] | None = setting(None, "also write the pictures at each of these k")
+    strip: bool = setting(False, "also write each image at growing k, side by side, as NNNNN_strip.png")
+    animate: Literal["gif", "webp"] | None = setting(None, "also write an animation of each growing image")
     deadline: float | None = setting(
         None, "seconds for each batch, decoding included; draws as far as they reach", gt=0
     )
@@ -213,7 +215,7 @@ class SampleConfig(Config):
     sketch_tokens: int | None = setting(None, "draw all images so far, then choose; see keep")
     keep: int | None = setting(None, "sketches of each class to finish: the likeliest", ge=1)
     prefix_image: str | None = setting(None, "photograph whose first channels are kept")
-    prefix_tokens: int = setting(16, "how many channels of it are kept")
+    prefix_tokens: int = setting(16, "how many channels of it are kept", ge=1)
     refine: int | None = setting(
         None, "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/", ge=0
     )

@@ -188,19 +188,17 @@ class ChannelTokPipeline:
             labels.append(known[wanted])
         return labels
 
-    def prefix_of(self, path: str | Path, num_tokens: int) -> Tensor:
-        """The first channels of a photograph: an image file -> tokens (1 num_tokens).
+    def tokens_of(self, path: str | Path) -> Tensor:
+        """Tokens of a photograph, (1 C) int64 on the CPU.
 
         Raises:
-            InputError: a file that is no image, or a number of tokens outside [1, C).
+            InputError: a file that is no image.
         """
-        if not 1 <= num_tokens < self.config.num_channels:
-            raise InputError(f"prefix_tokens is {num_tokens}; allowed are 1..{self.config.num_channels - 1}")
         try:
             image = load_image(path, self.tokenizer.config.image_size)
         except UnreadableImageError as error:
-            raise InputError(f"prefix_image {error}; give an image file") from error
-        return self.tokenizer.tokenize(to_float(image[None]).to(self.tokenizer.device))[:, :num_tokens].cpu()
+            raise InputError(f"{error}; give an image file") from error
+        return self.tokenizer.tokenize(to_float(image[None]).to(self.tokenizer.device)).cpu()
 
     def stream(
         self,

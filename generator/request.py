@@ -129,7 +129,9 @@ def _new_images(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTo
     ends = set(_ends(config, len(labels), model.num_channels))
     tokens = torch.zeros(len(labels), 0, dtype=torch.long)
     if config.prefix_image is not None:
-        tokens = pipeline.prefix_of(config.prefix_image, config.prefix_tokens).repeat(len(labels), 1)
+        if config.prefix_tokens >= model.num_channels:
+            raise InputError(f"prefix_tokens is {config.prefix_tokens}; allowed are 1..{model.num_channels - 1}")
+        tokens = pipeline.tokens_of(config.prefix_image)[:, : config.prefix_tokens].repeat(len(labels), 1)
     return TokenFile(
         tokens=tokens,
         num_tokens=torch.full((len(labels),), tokens.shape[1]),

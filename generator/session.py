@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common.config import Refinement
 from common.errors import InputError
-from common.images import captioned_table, save_png, to_pil
+from common.images import captioned_table, save_animation, save_png, to_pil
 from common.runtime import StopOnSignal, Team, is_out_of_memory, pick_dtype, team
 from generator.config import SampleConfig
 from generator.generate import Preview, Step
@@ -25,7 +25,9 @@ from generator.request import Request, request_of
 from generator.token_file import TokenFile
 
 logger = logging.getLogger(__name__)
-OUR_FILES = re.compile(r"\d{5,}(_k\d{4,})?\.png")
+OUR_FILES = re.compile(r"\d{5,}((_k\d{4,}|_strip)?\.png|\.gif|\.webp)")
+STRIP_LENGTHS = (1, 4, 16, 32, 64, 128, 256, 512)
+ANIMATION_FRAMES = 48
 GRID_IMAGES = 200  # the most that grid.png shows
 
 
@@ -158,6 +160,26 @@ class Session:
                 if length >= k:
                     save_png(picture, _path(self.partial, row, k))
 
+        for i, row in enumerate(part.rows):
+            self._save_growth(drawn.rows([i]), self.partial / f"{row:05d}", part.refinement or 0)
+
+    def _save_growth(self, image: TokenFile, path: Path, refine: Refinement | int) -> None:
+        """Write an image at growing k as a strip, as an animation, or not at all."""
+        config, length = self.request.config, int(image.num_tokens)
+
+        def grown(lengths: list[int]) -> list[Image.Image]:
+            count = len(lengths)
+            decoder = self.pipeline.images(image.class_labels * count, image.seeds * count)
+            pending = decoder.start(image.tokens.expand(count, -1), torch.tensor(lengths), refine)
+            return [to_pil(picture) for picture in pending.images()]
+
+        if config.strip:
+            lengths = [*(k for k in STRIP_LENGTHS if k < length), length]
+            save_png(captioned_table([grown(lengths)], (), [f"k={k}" for k in lengths]), f"{path}_strip.png")
+        if config.animate:
+            stride = -(-length // ANIMATION_FRAMES)
+            save_animation(grown([*range(1, length, stride), length]), f"{path}.{config.animate}")
+
     def _finish(self, *, interrupted: bool) -> None:
         """Join the parts of all processes, and replace the files of an earlier run by the new ones."""
         request, count = self.request, self.workers.count
@@ -186,8 +208,8 @@ class Session:
         """Move new files to their places; then remove those of an earlier run, unless this run continues it."""
         source, target = self.request.config.continue_from, self.folder / "tokens.npz"
         in_place = source is not None and Path(source).resolve() == target.resolve()
-        earlier = {*self.folder.glob("*.png"), *self.folder.glob("previews/*.png")} if target.exists() else set()
-        new = [path for path in self.partial.rglob("*") if path.suffix == ".png" or path.name == "tokens.npz"]
+        earlier = {*self.folder.glob("*"), *self.folder.glob("previews/*")} if target.exists() else set()
+        new = [path for path in self.partial.rglob("*.*") if not path.name.startswith("part-")]
         for path in new:
             place = self.folder / path.relative_to(self.partial)
             place.parent.mkdir(exist_ok=True)

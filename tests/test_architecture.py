@@ -11,7 +11,7 @@ from conftest import REPO
 
 import benchmark
 
-PACKAGES = ("common", "tokenizer", "generator", "training", "evaluation", "refiner")
+PACKAGES = ("common", "tokenizer", "generator", "training", "evaluation", "refiner", "page")
 MAX_LINES = 350
 PRODUCT = sorted(
     path.relative_to(REPO).as_posix() for pattern in ("*.py", *(f"{p}/**/*.py" for p in PACKAGES))
@@ -68,6 +68,8 @@ def wrong_package(path, tree):
         allowed = set(PACKAGES)
     elif home == "evaluation":
         allowed |= {"tokenizer", "generator", "refiner"}
+    elif home == "page":
+        allowed |= {"generator"}
     elif path == "generator/pipeline.py":
         allowed |= {"tokenizer", "refiner"}
     if name in TRAINING_MODULES:
@@ -93,6 +95,7 @@ def weights_elsewhere(path, tree):
 def library_elsewhere(path, tree):
     allowed = {
         "torch_fidelity": path == "evaluation/features.py",
+        "gradio": path == "page/layout.py",
         "transformers": path == "evaluation/speed/samplers.py",
         "accelerate": path == "common/runtime.py"
         or package(path) in ("scripts", "training")
@@ -180,6 +183,8 @@ def test_product_files_follow_the_rules(path):
         ("benchmark.py", "import torch_fidelity", "library_elsewhere"),
         ("tokenizer/fid.py", "from torch_fidelity import calculate_metrics", "library_elsewhere"),
         ("sample.py", "from transformers import LlamaForCausalLM", "library_elsewhere"),
+        ("page/studio.py", "import gradio as gr", "library_elsewhere"),
+        ("page/studio.py", "from tokenizer import ChannelTokenizer", "wrong_package"),
         ("generator/model.py", "def f():\n    import transformers.models.llama", "library_elsewhere"),
         ("tokenizer/losses.py", "from accelerate import Accelerator", "library_elsewhere"),
         ("common/runtime.py", "import accelerate.utils", "library_elsewhere"),
@@ -247,7 +252,7 @@ def test_help_and_mistakes_load_no_large_library():
     starts = [[f"{script}.py"] for script in sorted(SCRIPTS)]
     starts += [["benchmark.py", command] for command in benchmark.COMMANDS]
     cases = [(start, last) for start in starts for last in ("--help", "--no-such-flag")]
-    heavy = ["torch", "transformers", "numpy", "accelerate", "matplotlib", "torchmetrics", "torch_fidelity"]
+    heavy = ["torch", "transformers", "numpy", "accelerate", "matplotlib", "torchmetrics", "torch_fidelity", "gradio"]
     found = in_a_process(SCRIPTS_IN_PROCESS, [[*start, last] for start, last in cases], heavy)
     for (start, last), (code, err, loaded) in zip(cases, found, strict=True):
         assert (code, err.count("\n")) == ((0, 0) if last == "--help" else (2, 1)), (start, last, err)

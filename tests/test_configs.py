@@ -23,9 +23,10 @@ from common.errors import InputError
 from evaluation.speed.measure import random_config
 from generator.config import GENERATOR_SIZES, GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.model import Block, ChannelGPT
+from page.config import PageConfig
 from tokenizer import ChannelTokenizer
 from tokenizer.published import published_config, rename_published_keys
-from tokenizer.settings import DataConfig, ExtractionConfig
+from tokenizer.settings import DataConfig, ExtractionConfig, VerificationConfig
 from training.schedule import StepPlan
 
 REPO = Path(__file__).resolve().parents[1]
@@ -41,10 +42,11 @@ COMMANDS = {
     "train_ar.py": (GeneratorTrainingConfig, GeneratorConfig),
     "train_tokenizer.py": train_tokenizer.CONFIGS,
     "train_refiner.py": train_refiner.CONFIGS,
-    "extract_tokens.py": (ExtractionConfig, DataConfig),
+    "extract_tokens.py": (ExtractionConfig, DataConfig, VerificationConfig),
+    "demo.py": (PageConfig,),
     **{f"benchmark.py {name}": kinds for name, (_, kinds) in benchmark.COMMANDS.items()},
 }
-PACKAGES = "common|evaluation|generator|refiner|tokenizer|training"
+PACKAGES = "common|evaluation|generator|page|refiner|tokenizer|training"
 DOCUMENTS = [path for path in (REPO / "README.md", *sorted(REPO.glob("docs/*.md"))) if path.name != "lab.md"]
 
 

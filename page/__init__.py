@@ -1,0 +1,1 @@
+"""Web page that draws images while one watches: demo.py."""
