@@ -9,7 +9,7 @@ from common.errors import InputError
 from tokenizer.settings import DataConfig, ExtractionConfig, VerificationConfig
 
 if TYPE_CHECKING:
-    from common.runtime import Team
+    from common.runtime import Workers
 
 # modules that load torch are imported in functions, so that --help and mistakes are answered at once
 logger = logging.getLogger("tokenizer.extract_tokens")
@@ -56,13 +56,13 @@ def check(folder: str) -> None:
 
 def extract(config: ExtractionConfig, data: DataConfig) -> None:
     """Write the shards that are missing, in one process or those that a launcher started."""
-    from common.runtime import team
+    from common.runtime import launched_workers
 
-    with team(config.device) as workers:
+    with launched_workers(config.device) as workers:
         write_shards(config, data, workers)
 
 
-def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Team") -> None:
+def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Workers") -> None:
     """Write the shards that are missing, of those assigned to this process."""
     from tqdm import tqdm
 

@@ -56,7 +56,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(path: str | Path) -> Iterator[Path]:
-    """As `written_whole` for a new folder: all of its files are there, or none. `path` must not exist."""
+    """As `written_whole`, for a new folder; `path` must not exist."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -73,7 +73,7 @@ def folder_written_whole(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Give safetensors' failure to write the type and number that every other full disk has."""
+    """Raise write errors of safetensors as OSError with their error number."""
     try:
         yield
     except SafetensorError as error:
@@ -125,7 +125,7 @@ def load_tensor(path: str | Path, name: str) -> Tensor:
 
 
 def load_tensors_metadata(path: str | Path) -> dict[str, str]:
-    """What stands in the header of a safetensors file, beside its tensors; empty if nothing does."""
+    """Metadata in the header of a safetensors file; may be empty."""
     _check_safetensors(Path(path))
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
@@ -142,7 +142,7 @@ def _check_safetensors(path: Path) -> None:
 
 
 def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
-    """Read somebody else's weights: .safetensors, or .ckpt/.pt/.pth of which only tensors are unpickled.
+    """Read weights of another program: .safetensors, or .ckpt/.pt/.pth of which only tensors are unpickled.
 
     Raises:
         InputError: no such file, another ending, a damaged file, one that holds more than plain
@@ -182,7 +182,7 @@ def as_torch_file(tensors: dict[str, Tensor]) -> Iterator[Path]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that stand for a model's weights: names, shapes, types and every byte."""
+    """Hash of a model's weights, their names, shapes and types: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         value = value.detach().cpu().contiguous()
@@ -192,7 +192,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def files_fingerprint(folder: str | Path) -> str:
-    """16 hexadecimal digits that stand for the weight files of a folder, in whatever format they are loaded."""
+    """Hash of the weight files of a folder: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:

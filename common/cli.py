@@ -180,7 +180,7 @@ def parse_command(
 
 
 def has_flag(name: str, argv: Sequence[str] | None = None) -> bool:
-    """Whether a flag is on the command line."""
+    """Return whether a flag is on the command line."""
     words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     return f"--{name}" in words
 

@@ -56,7 +56,7 @@ def move(model: M, device: torch.device | None = None, dtype: torch.dtype | None
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run in hardware on this device."""
+    """Return whether matrix products in bfloat16 run in hardware on this device."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -72,11 +72,11 @@ def check_can_compile(device: torch.device) -> None:
         InputError: none is found; torch takes $CXX, g++ or clang++.
     """
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise InputError("compile needs a C++ compiler (g++, clang++ or $CXX); install one, or leave --compile out")
+        raise InputError("compile needs a C++ compiler (g++, clang++ or $CXX); install one, or omit --compile")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
@@ -112,7 +112,7 @@ class StopOnSignal:
     """Context in which a signal only sets `.requested`.
 
     Args:
-        signals: which ones; Ctrl-C sends SIGINT, a scheduler that wants its machine back SIGTERM.
+        signals: Ctrl-C sends SIGINT, a scheduler that ends a job SIGTERM.
         patient: whether a second Ctrl-C is taken as the first was, and does not interrupt. Where a launcher passes
             signals on, one Ctrl-C comes twice. A second SIGTERM never ends the process: SIGKILL is there for that.
     """
@@ -161,7 +161,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Team:
+class Workers:
     """The processes of a launcher: this one is `index` of `count` and uses `device`."""
 
     index: int
@@ -171,7 +171,7 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what exists once."""
+        """Return whether this process writes shared files."""
         return self.index == 0
 
     def wait(self) -> None:
@@ -187,11 +187,11 @@ class Team:
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or "onnection" in str(error)):
                 raise
-            raise InputError("another process has ended before its time; see its own message") from error
+            raise InputError("another process has ended early; see its own message") from error
 
 
 @contextmanager
-def team(device_name: str) -> Iterator[Team]:
+def launched_workers(device_name: str) -> Iterator[Workers]:
     """The processes that a launcher started, or this one alone.
 
     Args:
@@ -203,7 +203,7 @@ def team(device_name: str) -> Iterator[Team]:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     device = pick_device("cpu" if on_cpu else device_name)
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Team(index=0, count=1, device=device, _state=None)
+        yield Workers(index=0, count=1, device=device, _state=None)
         return
     from accelerate import PartialState
 
@@ -214,6 +214,6 @@ def team(device_name: str) -> Iterator[Team]:
             raise InputError(f"device is {device_name!r}, one GPU for {state.num_processes} processes; omit --device")
         device = state.device
     try:
-        yield Team(index=state.process_index, count=state.num_processes, device=device, _state=state)
+        yield Workers(index=state.process_index, count=state.num_processes, device=device, _state=state)
     finally:
         state.destroy_process_group()

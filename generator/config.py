@@ -88,7 +88,7 @@ class ChannelGPTConfig(GeneratorConfig):
 
     @property
     def null_label(self) -> int:
-        """The class label that stands for no class."""
+        """Class label of no class."""
         return self.num_classes
 
     def check_labels(self, class_labels: Iterable[int]) -> None:
@@ -105,7 +105,7 @@ class ChannelGPTConfig(GeneratorConfig):
                 )
             if label == self.null_label and not self.has_null_label:
                 raise InputError(
-                    f"class label {label} stands for no class, which this model was not trained on; "
+                    f"class label {label} means no class, which this model was not trained on; "
                     f"use 0..{self.num_classes - 1}"
                 )
 
@@ -114,8 +114,8 @@ class ChannelGPTConfig(GeneratorConfig):
 class SamplingConfig(Config):
     """How a token is drawn from its log-probabilities. Applied in this order: guidance, temperature, top-k, top-p.
 
-    Guidance may change over the channels. With t = position / C (a share of all channels, not of those asked for, so
-    that a prefix stays a prefix), the scale is cfg_scale throughout (constant), falls from cfg_scale to 1 in a straight
+    Guidance may change over the channels. With t = position / C (a share of all C channels, so that a prefix stays a
+    prefix), the scale is cfg_scale throughout (constant), falls from cfg_scale to 1 in a straight
     line or half a cosine (linear, cosine), or is cfg_scale for cfg_start <= t < cfg_end and 1 elsewhere (interval;
     Kynkaanniemi et al., 2024, arXiv 2404.07724).
     """

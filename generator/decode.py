@@ -82,7 +82,7 @@ class Layer(NamedTuple):
 
 
 class ChannelTables(NamedTuple):
-    """What depends on the channel, float32; a step reads entry p of each to predict channel p.
+    """Weights of each channel, float32; a step reads entry p of each to predict channel p.
 
     Bits are kept as (b C+1 n): row 0 is zeros, row c + 1 has the bits of channel c. So row p is the input of step p.
 

@@ -176,7 +176,7 @@ class Engine:
     def _acquire(self, images: int, capacity: int, guided: bool) -> Batch:
         decoder, config, slots = self.decoder, self.decoder.config, self.slots(images)
         channels, bits, device = config.num_channels, config.num_bits, decoder.device
-        # whole views, so that how a position is computed depends on the position and not on the k asked for
+        # whole views, so that the computation of a position does not depend on the requested k
         capacity = min(-(-capacity // LENGTH_STEP) * LENGTH_STEP, channels)
         if self.compile or self.captures:
             # one layout of the cache, so that one program serves every k; one position more than needed keeps the

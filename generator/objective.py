@@ -49,7 +49,7 @@ def position_weights(kind: Weighting, num_channels: int) -> Tensor:
     """Weight of each position's loss, mean 1: (C,).
 
     linear: falling from 2 at the first token to 1 at the last (the paper's size L, arXiv 2606.04461);
-    exponential: halved four times on the way, from 16 to 1.
+    exponential: from 16 to 1, halved four times.
     """
     weights = {
         "none": torch.ones(num_channels),

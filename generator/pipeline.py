@@ -308,7 +308,7 @@ class ChannelTokPipeline:
 
         Args:
             class_labels: a label for each sketch.
-            sketch_tokens: where the sketches are judged, below num_tokens.
+            sketch_tokens: k at which the sketches are compared, below num_tokens.
             keep: how many of each class continue.
             num_tokens: where the kept ones end; None draws all C.
             seed: as in `stream`.

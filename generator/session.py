@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.config import Refinement
 from common.errors import InputError
 from common.images import captioned_table, save_animation, save_png, to_pil
-from common.runtime import StopOnSignal, Team, is_out_of_memory, pick_dtype, team
+from common.runtime import StopOnSignal, Workers, is_out_of_memory, launched_workers, pick_dtype
 from generator.config import SampleConfig
 from generator.generate import Preview, Step
 from generator.pipeline import ChannelTokPipeline
@@ -41,7 +41,7 @@ def draw(config: SampleConfig, given: dict[str, Any]) -> None:
     Raises:
         InputError: wrong flags, or a request that the model cannot serve; nothing is written or removed then.
     """
-    with team(config.device) as workers:
+    with launched_workers(config.device) as workers:
         dtype = pick_dtype(config.dtype)
         pipeline = ChannelTokPipeline.from_pretrained(
             config.model, str(workers.device), dtype, compile=config.compile, refiner=config.refine != 0
@@ -62,7 +62,7 @@ class Session:
         workers: the processes.
     """
 
-    def __init__(self, pipeline: ChannelTokPipeline, request: Request, workers: Team):
+    def __init__(self, pipeline: ChannelTokPipeline, request: Request, workers: Workers):
         self.pipeline, self.request, self.workers = pipeline, request, workers
         self.folder = Path(request.config.output_dir)
         self.partial = self.folder / ".partial"

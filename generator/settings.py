@@ -1,4 +1,4 @@
-"""The settings that a model is best drawn with, for each k: sampling.json beside its weights."""
+"""Best sampling settings of a model for each k: sampling.json beside its weights."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ SETTINGS_FILE = "sampling.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What a drawing uses where its user says nothing.
+    """Default sampling settings of a model.
 
     by_num_tokens: for some k the settings that were found best there; empty: the plain ones everywhere.
     fingerprint: of the model that they were found for; those of another are not used.

@@ -124,7 +124,7 @@ class TokenStore:
             for name in wanted:
                 if there[name] != wanted[name]:
                     raise InputError(
-                        f"{folder} holds tokens made with {name} = {str(there[name])[:60]}, asked for is "
+                        f"{folder} holds tokens made with {name} = {str(there[name])[:60]}, requested is "
                         f"{str(wanted[name])[:60]}; choose another output_dir or remove that one"
                     )
         if write:
@@ -166,7 +166,7 @@ class TokenStore:
         return self.folder / f"{split}-{shard:05d}.{ending}"
 
     def has_shard(self, split: str, shard: int) -> bool:
-        """Whether a shard was written completely."""
+        """Return whether a shard was written completely."""
         return self._path(split, shard, "json").is_file()
 
     def left_out(self) -> list[str]:

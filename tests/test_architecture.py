@@ -187,7 +187,7 @@ def test_product_files_follow_the_rules(path):
         ("page/studio.py", "from tokenizer import ChannelTokenizer", "wrong_package"),
         ("generator/model.py", "def f():\n    import transformers.models.llama", "library_elsewhere"),
         ("tokenizer/losses.py", "from accelerate import Accelerator", "library_elsewhere"),
-        ("common/runtime.py", "import accelerate.utils", "library_elsewhere"),
+        ("common/cli.py", "import accelerate.utils", "library_elsewhere"),
         ("sample.py", "x = getattr(a, 'b', None)", "getattr_with_default"),
         ("common/a.py", "model.load_state_dict(state, strict=False)", "loose_loading"),
         ("common/checkpoint.py", "import torch\ntorch.load('a', weights_only=False)", "loose_loading"),

@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.images import save_png, to_pil
 from common.measuring import machine, synchronize, versions
 from common.randomness import generator_for
-from common.runtime import Team, is_out_of_memory, pick_dtype, team
+from common.runtime import Workers, is_out_of_memory, launched_workers, pick_dtype
 from evaluation.features import sample_metrics
 from evaluation.fid.config import FidConfig, sweep_settings
 from evaluation.fid.reference import FeatureNetworks, Reference, read_reference
@@ -121,7 +121,7 @@ class Samples:
         tokens = load_tensor(self.path(part), "tokens").long().to(self.networks.extractor.device)
         return variant(tokens, k, *self.batch(part)).cpu()
 
-    def draw(self, workers: Team) -> None:
+    def draw(self, workers: Workers) -> None:
         """Draw the missing parts of this process; an earlier run may have had fewer samples in its last part."""
         # parts are assigned before existing ones are skipped, so that no process depends on the progress of another
         missing = [
@@ -207,7 +207,7 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
     combinations = sweep_settings(config.sweep or [])
     for settings in combinations:
         SamplingConfig().override(given | settings)  # refuses wrong values before a model is loaded
-    with team(config.device) as workers:
+    with launched_workers(config.device) as workers:
         try:
             pipeline = ChannelTokPipeline.from_pretrained(
                 config.model, str(workers.device), pick_dtype(config.dtype), compile=config.compile
@@ -241,7 +241,7 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
             raise InputError(f"out of memory at batch_size {config.batch_size}; give a smaller --batch-size") from error
 
 
-def _results(samples: Samples, reference: Reference, workers: Team, command: str) -> dict[str, Any]:
+def _results(samples: Samples, reference: Reference, workers: Workers, command: str) -> dict[str, Any]:
     """The content of results.json, JSON values; see docs/fid.md."""
     pipeline, network = samples.pipeline, samples.networks.extractor
     labels = metric_labels(network.name, samples.count, reference.about)
