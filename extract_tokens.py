@@ -56,9 +56,14 @@ def check(folder: str) -> None:
 
 def extract(config: ExtractionConfig, data: DataConfig) -> None:
     """Write the shards that are missing, in one process or those that a launcher started."""
+    from contextlib import ExitStack
+
+    from common.files import exclusive_folder
     from common.runtime import launched_workers
 
-    with launched_workers(config.device) as workers:
+    with launched_workers(config.device) as workers, ExitStack() as stack:
+        if workers.is_main:
+            stack.enter_context(exclusive_folder(config.output_dir))
         write_shards(config, data, workers)
 
 
@@ -66,7 +71,7 @@ def write_shards(config: ExtractionConfig, data: DataConfig, workers: "Workers")
     """Write the shards that are missing, of those assigned to this process."""
     from tqdm import tqdm
 
-    from common.checkpoint import folder_written_whole, read_json
+    from common.files import folder_written_whole, read_json
     from common.runtime import move
     from generator.tokens import StoreHeader, TokenStore
     from tokenizer.data import UnreadableFiles

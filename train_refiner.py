@@ -22,7 +22,7 @@ def main() -> None:
     training, size, data, augmentation = cli.parse(*CONFIGS, description=__doc__)
     from dataclasses import asdict
 
-    from common.checkpoint import read_json
+    from common.files import read_json
     from refiner.training import Photographs, train_refiner
     from tokenizer.data import ImageDataset, UnreadableFiles, collate
     from tokenizer.sources import check_same_classes, open_source

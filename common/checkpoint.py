@@ -1,10 +1,9 @@
-"""Reading and writing of weights and models; files appear whole or not at all."""
+"""Reading and writing of weights and models."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,56 +18,11 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
+from common.files import read_json, write_text, written_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TRANSFORMERS_KEYS = {"architectures", "dtype", "transformers_version"}  # in files that earlier versions wrote
 C = TypeVar("C", bound=Config)
-READABLE = 0o644  # safetensors makes its files readable by their owner alone
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, it takes the name `path`.
-
-    The file is flushed to disk before it is renamed. When the block raises, nothing is left behind
-    and what was at `path` stays.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        yield temporary
-        temporary.chmod(READABLE)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_written_whole(path: str | Path) -> Iterator[Path]:
-    """As `written_whole`, for a new folder; `path` must not exist."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -80,26 +34,6 @@ def _disk_errors() -> Iterator[None]:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small text file whole."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or damaged file is an `InputError` that names it."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is missing; the folder is not what was expected, or not complete")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}); restore it or create it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or create it again")
-    return value
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -262,7 +196,8 @@ class SavedModel(nn.Module):
             hub_options: see `resolve_folder`.
 
         Raises:
-            InputError: a missing or damaged file, another kind of model, or weights that do not fit config.json.
+            InputError: a missing or damaged file, another kind of model, or weights that do not fit config.json or
+                are not finite.
         """
         folder = resolve_folder(name_or_path, **hub_options)
         config = read_config(folder / CONFIG_FILE, cls.config_class, cls.model_type)
@@ -278,6 +213,9 @@ class SavedModel(nn.Module):
                 f"(file: {found.get(wrong[0], 'absent')}, config: {expected.get(wrong[0], 'absent')}); "
                 "the folder mixes two models"
             )
+        for name, value in state.items():
+            if not bool(value.isfinite().all()):
+                raise InputError(f"{folder}: {name} has entries that are not finite; copy or train the model again")
         # a copy: the file's own tensors are a map of it, and would change or fail with the file
         model.load_state_dict({name: value.to(dtype, copy=True) for name, value in state.items()}, assign=True)
         return model.requires_grad_(True).eval()

@@ -8,7 +8,9 @@ import errno
 import logging
 import multiprocessing.util  # which registers its exit function, to run after the one registered below
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 import types
@@ -21,6 +23,12 @@ import yaml
 
 from common.errors import InputError
 
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
+# of paths that cannot be written, whose cause is outside of this program
+FILE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EFBIG,
+)  # fmt: skip
 LOGGERS = ("common", "evaluation", "generator", "page", "refiner", "tokenizer", "training")  # one for each package
 
 
@@ -86,8 +94,11 @@ def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequenc
     if not path.is_file():
         raise InputError(f"config {path} is missing; the ones that come with the project are in configs/")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # they can multiply without limit
+            raise InputError(f"config {path} has aliases (*name); write the values themselves")
+        content = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"config {path} is not readable YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"config {path} must be a list of `key: value` lines")
@@ -147,7 +158,18 @@ def parse(
         flags = [f"--{name.replace('_', '-')}" for name in [*fields, "config"]]
         raise InputError(f"unknown argument {rest[0]!r}; {nearest(rest[0].split('=')[0], flags)}")
     values = vars(known)
+    _check_folders(kinds, values)
     return tuple(kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind)}) for kind in kinds)
+
+
+def _check_folders(kinds: Sequence[type], values: Mapping[str, Any]) -> None:
+    """Refuse an output folder that is also an input, in whatever way the two are spelled."""
+    fields = [entry for kind in kinds for entry in dataclasses.fields(kind)]
+    for entry in fields:
+        given = values[entry.name]
+        inside = entry.metadata.get("reads") and given is not None and values.get("output_dir") is not None
+        if inside and os.path.realpath(given) == os.path.realpath(values["output_dir"]):
+            raise InputError(f"output_dir {values['output_dir']} is also {entry.name}; choose another folder")
 
 
 def parse_command(
@@ -234,11 +256,19 @@ def run(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        number, reason = error.errno, error.strerror
+        if isinstance(error, shutil.Error):  # a copy of a folder, with a list of (source, target, reason)
+            number, reason = errno.ENOSPC, str(error.args[0][-1][-1])
+        if number not in FILE_ERRORS:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(_complain(f"{error.strerror}{where}; free some space or choose another folder"))
+        where = f" at {error.filename}" if error.filename else ""
+        sys.exit(_complain(f"{reason}{where}; free some space or choose another folder"))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        sys.exit(_complain(f"out of memory ({str(error).strip().splitlines()[0][:120]}); use smaller sizes or batches"))
     except KeyboardInterrupt:
+        sys.stderr.write(f"{_program()}: interrupted\n")
         sys.exit(130)
     sys.exit(0)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -25,6 +26,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     unique: bool = False,
+    reads: bool = False,
 ) -> Any:
     """A field of a `Config`.
 
@@ -36,8 +38,9 @@ def setting(
         le: upper bound (<=).
         lt: upper bound (<).
         unique: the list must have at least one entry, and each once.
+        reads: the setting is a folder or file that is read, so that it cannot be the output folder.
     """
-    metadata = {"help": help, "bounds": Bounds(ge=ge, gt=gt, le=le, lt=lt), "unique": unique}
+    metadata = {"help": help, "bounds": Bounds(ge=ge, gt=gt, le=le, lt=lt), "unique": unique, "reads": reads}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     if default is MISSING:
@@ -147,6 +150,18 @@ class Config:
             raise InputError(f"{path}: {error}") from error
 
 
+def integers(name: str, values: Sequence[int]) -> list[int]:
+    """Integers of any kind (Python, NumPy, PyTorch) as Python's.
+
+    Raises:
+        InputError: other values, such as 0.5.
+    """
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise InputError(f"{name} has a value that is not an integer ({error}); give integers") from error
+
+
 def report_lengths(given: Sequence[int] | None, num_channels: int, usual: Sequence[int]) -> list[int]:
     """Each k of a report, in increasing order: the given ones, or the usual ones below num_channels and that.
 
@@ -165,10 +180,13 @@ class LoopConfig(Config):
 
     output_dir: str = setting(help="folder for the model, checkpoints, pictures and log.jsonl")
     resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
-    steps: int = setting(100_000, "optimizer steps in all", ge=1)
-    batch_size: int = setting(256, "images a step, over all processes together", ge=1)
+    steps: int = setting(100_000, "optimizer steps in all", ge=1, le=10**9)
+    batch_size: int = setting(256, "images a step, over all processes together", ge=1, le=2**20)
     micro_batch_size: int | None = setting(
-        None, "images that a process handles at a time, gradients being added up; default: all of its own", ge=1
+        None,
+        "images that a process handles at a time, gradients being added up; default: all of its own",
+        ge=1,
+        le=2**20,
     )
     learning_rate: float = setting(4e-4, "peak learning rate", gt=0)
     min_learning_rate: float = setting(0.0, "learning rate at the last step of a cosine", ge=0)
@@ -180,8 +198,8 @@ class LoopConfig(Config):
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
     ema_decay: float = setting(0.9999, "decay of the averaged weights; 0 = the last ones", ge=0, lt=1)
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto", "auto = bf16 where the device has it in hardware")
-    seed: int = setting(0, "decides initial weights, data order and every draw", ge=0)
-    num_workers: int = setting(1, "processes that read data, for each training process", ge=0)
+    seed: int = setting(0, "decides initial weights, data order and every draw", ge=0, lt=2**63)
+    num_workers: int = setting(1, "processes that read data, for each training process", ge=0, le=256)
     evaluate_every: int = setting(1000, "steps between evaluations, each with a picture", ge=1)
     checkpoint_every: int = setting(1000, "steps between checkpoints", ge=1)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", ge=1)
@@ -192,7 +210,7 @@ class LoopConfig(Config):
 class ModelTrainingConfig(LoopConfig):
     """Settings of the training of a tokenizer, a generator or a refiner."""
 
-    init_from: str | None = setting(None, "folder of a trained model of the same kind to start from")
+    init_from: str | None = setting(None, "folder of a trained model of the same kind to start from", reads=True)
     save_dtype: Dtype = setting("float32", "number format of the exported weights")
     validation_images: int = setting(2000, "held-out images that an evaluation uses", ge=1)
     compile: bool = setting(False, "compile the network with torch.compile")
@@ -202,8 +220,8 @@ class ModelTrainingConfig(LoopConfig):
 class ClassifierConfig(Config):
     """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
 
-    classifier_size: int = setting(64, "pixels of a side that pictures are resized to", ge=1)
-    widths: list[int] = setting([32, 64, 128, 256], "channels of each block; the last are features", ge=1)
+    classifier_size: int = setting(64, "pixels of a side that images are resized to", ge=1, le=2**13)
+    widths: list[int] = setting([32, 64, 128, 256], "channels of each block; the last are features", ge=1, le=2**14)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +244,6 @@ class Refinement(Config):
         temperature: standard deviation of the noise; below 1 less detail is drawn, and with it fewer errors.
     """
 
-    steps: int = setting(4, ge=1)
-    cfg_scale: float = setting(1.0, ge=0)
+    steps: int = setting(4, ge=1, le=10**9)
+    cfg_scale: float = setting(1.0, ge=0, le=100)
     temperature: float = setting(1.0, ge=0, le=2)

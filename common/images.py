@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from common.checkpoint import written_whole
+from common.files import written_whole
 
 # none of these decoders starts another program, as Pillow's EPS decoder does
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")

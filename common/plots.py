@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from common.checkpoint import written_whole
+from common.files import written_whole
 
 MAX_TICKS = 12
 GRID = {"color": "#dddddd", "linewidth": 0.8}

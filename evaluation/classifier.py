@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import read_json
 from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
 from common.errors import InputError
+from common.files import read_json
 from common.images import to_float
 from common.runtime import check_can_compile, leave_signals_to_the_trainer
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate

@@ -18,10 +18,10 @@ Schedule = Literal["constant", "linear", "cosine", "interval"]
 class GeneratorConfig(Config):
     """Size of the transformer; the defaults are the paper's size B (arXiv 2606.04461, generator table)."""
 
-    num_layers: int = setting(12, "transformer blocks", ge=1)
-    num_heads: int = setting(12, "attention heads", ge=1)
-    hidden_size: int = setting(768, "width of the residual stream", ge=1)
-    intermediate_size: int = setting(2048, "width inside the SwiGLU", ge=1)
+    num_layers: int = setting(12, "transformer blocks", ge=1, le=2**10)
+    num_heads: int = setting(12, "attention heads", ge=1, le=2**10)
+    hidden_size: int = setting(768, "width of the residual stream", ge=1, le=2**16)
+    intermediate_size: int = setting(2048, "width inside the SwiGLU", ge=1, le=2**18)
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", gt=1)
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class ChannelGPTConfig(GeneratorConfig):
         has_null_label: whether training dropped labels, which classifier-free guidance needs.
     """
 
-    num_channels: int = setting(ge=1)
+    num_channels: int = setting(ge=1, le=2**16)
     num_bits: int = setting(ge=1, le=16)
     class_names: list[str]
     tokenizer_fingerprint: str
@@ -123,7 +123,7 @@ class SamplingConfig(Config):
     temperature: float = setting(1.0, "0 takes the most likely token, 1 the model's own odds", ge=0)
     top_k: int = setting(0, "draw among this many most likely tokens; 0 = all", ge=0)
     top_p: float = setting(1.0, "draw among the most likely tokens that hold this mass; 1 = all", gt=0, le=1)
-    cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = off, at half the cost", ge=0)
+    cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = off, at half the cost", ge=0, le=100)
     cfg_schedule: Schedule = setting("constant", "how guidance changes over the channels")
     cfg_start: float = setting(0.0, "interval: share of all channels where guidance begins", ge=0, lt=1)
     cfg_end: float = setting(1.0, "interval: share of all channels where guidance ends", gt=0, le=1)
@@ -155,7 +155,7 @@ class SamplingConfig(Config):
 class GeneratorTrainingConfig(ModelTrainingConfig):
     """Settings of train_ar.py beside the transformer's size."""
 
-    tokens: str = setting(help="token store, from extract_tokens.py")
+    tokens: str = setting(help="token store, from extract_tokens.py", reads=True)
     size: Size | None = setting(None, "size of the transformer, in place of --num-layers and the like")
     label_dropout: float = setting(0.1, "share of labels replaced by the null label", ge=0, lt=1)
     dropout: float = setting(0.0, "share of entries zeroed after the embedding and in residual branches", ge=0, lt=1)
@@ -199,8 +199,8 @@ class SampleConfig(Config):
     num_tokens: list[int] | None = setting(
         None, "tokens to draw, one number for all or one for each image; default: all"
     )
-    samples_per_class: int = setting(1, "images of each class", ge=1)
-    seed: int = setting(0, "image i is drawn with seed + i", ge=0)
+    samples_per_class: int = setting(1, "images of each class", ge=1, le=10**6)
+    seed: int = setting(0, "image i is drawn with seed + i", ge=0, lt=2**63)
     previews: list[int] | None = setting(None, "also write the pictures at each of these k")
     strip: bool = setting(False, "also write each image at growing k, side by side, as NNNNN_strip.png")
     animate: Literal["gif", "webp"] | None = setting(None, "also write an animation of each growing image")
@@ -214,10 +214,10 @@ class SampleConfig(Config):
     rows: list[int] | None = setting(None, "rows of it to continue; default: all")
     sketch_tokens: int | None = setting(None, "draw all images so far, then choose; see keep")
     keep: int | None = setting(None, "sketches of each class to finish: the likeliest", ge=1)
-    prefix_image: str | None = setting(None, "photograph whose first channels are kept")
-    prefix_tokens: int = setting(16, "how many channels of it are kept", ge=1)
+    prefix_image: str | None = setting(None, "photograph whose first channels are kept", reads=True)
+    prefix_tokens: int | None = setting(None, "how many channels of it are kept; default: 16", ge=1)
     refine: int | None = setting(
-        None, "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/", ge=0
+        None, "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/", ge=0, le=1000
     )
     refine_cfg_scale: float | None = setting(
         None, "guidance of the refiner; 1 = off, others cost two passes; default: 1", ge=0
@@ -226,9 +226,9 @@ class SampleConfig(Config):
         None, "standard deviation of the refiner's noise; lower: less detail; default: 1", ge=0, le=2
     )
     refine_previews: bool = setting(False, "refine the pictures of --previews as well")
-    model: str = setting(DEMO_MODEL, "folder with tokenizer/ and generator/, or a hub name")
+    model: str = setting(DEMO_MODEL, "folder with tokenizer/ and generator/, or a hub name", reads=True)
     output_dir: str = setting("samples", "folder for the pictures and tokens.npz")
-    batch_size: int = setting(32, "images drawn side by side", ge=1)
+    batch_size: int = setting(32, "images drawn side by side", ge=1, le=2**16)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: Dtype = setting("float32", "number format of the generator's weights")
     compile: bool = setting(False, "compile first (a minute), then draw faster; for long or repeated drawing")
@@ -239,6 +239,8 @@ class SampleConfig(Config):
             raise InputError("sketch_tokens and keep go together; give both or neither")
         if self.sketch_tokens is not None and self.num_tokens is not None and len(set(self.num_tokens)) > 1:
             raise InputError("num_tokens must be one number with sketch_tokens")
+        if self.prefix_tokens is not None and self.prefix_image is None:
+            raise InputError("prefix_tokens is given without --prefix-image; give both or neither")
         if self.rows is not None and self.continue_from is None:
             raise InputError("rows are those of a drawing; give it with --continue-from")
         if self.continue_from is None:

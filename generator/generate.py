@@ -114,6 +114,8 @@ def _check(
         raise InputError(f"cfg_scale is {sampling.cfg_scale}, but this model was trained without null label; use 1")
     if prefix is None:
         return
+    if prefix.dtype.is_floating_point or prefix.dtype.is_complex or prefix.dtype == torch.bool:
+        raise InputError(f"prefix tokens are of type {prefix.dtype}; give integers")
     if prefix.ndim != 2 or len(prefix) != len(labels):
         raise InputError(
             f"prefix tokens are {tuple(prefix.shape)}; allowed are ({len(labels)}, j), a row for each label"
@@ -163,6 +165,7 @@ def stream(
     """
     labels = torch.tensor(list(class_labels), dtype=torch.long)
     counts = [num_tokens] * len(labels) if isinstance(num_tokens, int) else list(num_tokens)
+    prefix = prefix if prefix is None or prefix.dtype.is_floating_point else prefix.long()
     if prefix is None:
         given = [0] * len(labels)
     else:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
-from common.config import Refinement
+from common.config import Refinement, integers
 from common.errors import InputError
 from common.images import UnreadableImageError, load_image, to_float
 from common.runtime import move, pick_device
@@ -22,16 +22,7 @@ from generator.engine import Engine
 from generator.generate import Step, stream
 from generator.model import ChannelGPT
 from generator.settings import ModelSettings
-from generator.stopping import (
-    Deadline,
-    KeepBest,
-    Scorer,
-    StopRule,
-    WhenStable,
-    log_likelihood_scorer,
-    ruled,
-    waiter,
-)
+from generator.stopping import Deadline, KeepBest, Scorer, StopRule, WhenStable, log_likelihood_scorer, ruled, waiter
 from refiner.flow import ImageRefiner
 from refiner.model import Refiner
 from tokenizer.decoding import PendingPictures, PictureDecoder
@@ -234,10 +225,11 @@ class ChannelTokPipeline:
             InputError: an argument out of its range, at the call.
         """
         config = self.sampling(**sampling)
+        class_labels = integers("class_labels", class_labels)
         if isinstance(seed, int | np.integer):
             seeds = [int(seed) + i for i in range(len(class_labels))]
         else:
-            seeds = [int(entry) for entry in seed]
+            seeds = integers("seed", seed)
         count = self.config.num_channels if num_tokens is None else num_tokens
         refinement = self.refinement(refine)
         images = self.images(class_labels, seeds)
@@ -323,6 +315,10 @@ class ChannelTokPipeline:
             raise InputError(f"sketch_tokens is {sketch_tokens}; allowed are 1..{end - 1}, below num_tokens")
         if keep < 1:
             raise InputError(f"keep is {keep}; it must be at least 1")
+        prefix, lengths = options.get("prefix"), options.get("prefix_lengths")
+        begun = 0 if prefix is None else max(lengths or [prefix.shape[-1]])
+        if begun >= sketch_tokens:
+            raise InputError(f"sketch_tokens is {sketch_tokens}, but a prefix has {begun} tokens; raise sketch_tokens")
         steps = self.stream(class_labels, end, seed, **({"scored": True} | options))
         return ruled(steps, [KeepBest(list(class_labels), sketch_tokens, keep, scorer)])
 

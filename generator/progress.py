@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from common.checkpoint import write_text
+from common.files import write_text
 from common.images import captioned_table, save_png, to_pil, to_uint8
 from common.measuring import versions
 from common.plots import Panel, save_line_plot

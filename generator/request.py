@@ -13,6 +13,7 @@ from generator.pipeline import ChannelTokPipeline
 from generator.token_file import TokenFile
 
 SHOWN_CLASSES = 6
+PREFIX_TOKENS = 16  # default
 SHOWN_LENGTHS = (1, 4, 16, 32, 64, 128)
 
 
@@ -129,9 +130,10 @@ def _new_images(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTo
     ends = set(_ends(config, len(labels), model.num_channels))
     tokens = torch.zeros(len(labels), 0, dtype=torch.long)
     if config.prefix_image is not None:
-        if config.prefix_tokens >= model.num_channels:
-            raise InputError(f"prefix_tokens is {config.prefix_tokens}; allowed are 1..{model.num_channels - 1}")
-        tokens = pipeline.tokens_of(config.prefix_image)[:, : config.prefix_tokens].repeat(len(labels), 1)
+        kept = config.prefix_tokens or PREFIX_TOKENS
+        if kept >= model.num_channels:
+            raise InputError(f"prefix_tokens is {kept}; allowed are 1..{model.num_channels - 1}")
+        tokens = pipeline.tokens_of(config.prefix_image)[:, :kept].repeat(len(labels), 1)
     return TokenFile(
         tokens=tokens,
         num_tokens=torch.full((len(labels),), tokens.shape[1]),

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from common.config import Refinement
 from common.errors import InputError
+from common.files import exclusive_folder
 from common.images import captioned_table, save_animation, save_png, to_pil
 from common.runtime import StopOnSignal, Workers, is_out_of_memory, launched_workers, pick_dtype
 from generator.config import SampleConfig
@@ -78,11 +80,13 @@ class Session:
         config = replace(self.request.config, deadline=None, stop_when_stable=None)
         self._steps(replace(self.request, config=config))  # refuses arguments, draws nothing
         workers = self.workers
-        if workers.is_main:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-        workers.wait()
-        with StopOnSignal(signal.SIGINT, signal.SIGTERM, patient=workers.count > 1) as interrupt:
+        with ExitStack() as stack:
+            if workers.is_main:
+                stack.enter_context(exclusive_folder(self.folder))
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir()
+            workers.wait()
+            interrupt = stack.enter_context(StopOnSignal(signal.SIGINT, signal.SIGTERM, patient=workers.count > 1))
             self._draw_share(interrupt).save(self.partial / f"part-{workers.index}.npz")
             workers.wait()
             if workers.is_main:

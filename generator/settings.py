@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import read_json, write_text
 from common.errors import InputError
+from common.files import read_json, write_text
 from generator.config import SamplingConfig
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """tokens.npz: tokens that were drawn, and all that is needed to continue them."""
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import written_whole
 from common.errors import InputError
+from common.files import load_arrays, written_whole
 from generator.config import ChannelGPTConfig, SamplingConfig
 
 
@@ -51,20 +50,21 @@ class TokenFile:
         Raises:
             InputError: no such file, not one of ours, or rows that contradict one another.
         """
+        content = load_arrays(path)
         try:
-            with np.load(path, allow_pickle=False) as content:
-                drawing = cls(
-                    tokens=torch.from_numpy(content["tokens"].astype(np.int64)),
-                    num_tokens=torch.from_numpy(content["num_tokens"].astype(np.int64)),
-                    class_labels=content["class_labels"].tolist(),
-                    seeds=content["seeds"].tolist(),
-                    sampling=SamplingConfig.from_file(json.loads(str(content["sampling"])), path),
-                    fingerprint=str(content["fingerprint"]),
-                )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{path} is no tokens.npz of a drawing ({error}); give one that sample.py wrote"
-            ) from error
+            for name in ("tokens", "num_tokens", "class_labels", "seeds"):
+                if content[name].dtype.kind not in "iu":
+                    raise ValueError(f"{name} are of type {content[name].dtype}, not integers")
+            drawing = cls(
+                tokens=torch.from_numpy(content["tokens"].astype(np.int64)),
+                num_tokens=torch.from_numpy(content["num_tokens"].astype(np.int64)),
+                class_labels=content["class_labels"].tolist(),
+                seeds=content["seeds"].tolist(),
+                sampling=SamplingConfig.from_file(json.loads(str(content["sampling"])), path),
+                fingerprint=str(content["fingerprint"]),
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is not a tokens.npz ({error}); give one that sample.py wrote") from error
         rows = {len(drawing.num_tokens), len(drawing.class_labels), len(drawing.seeds)}
         if drawing.tokens.ndim != 2 or rows != {len(drawing.tokens)}:
             raise InputError(f"{path} has parts of different lengths; give a tokens.npz that sample.py wrote")

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import read_json, write_text, written_whole
 from common.config import Config, setting
 from common.errors import InputError
+from common.files import read_json, write_text, written_whole
 
 VERSION = 2
 VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # token sequences of each image of train
@@ -41,11 +41,11 @@ class StoreHeader(Config):
     """
 
     tokenizer_fingerprint: str
-    num_channels: int = setting(ge=1)
+    num_channels: int = setting(ge=1, le=2**16)
     num_bits: int = setting(ge=1, le=16)
     class_names: list[str]
     views: Literal["none", "flip", "ten-crop"]
-    shard_size: int = setting(ge=1)
+    shard_size: int = setting(ge=1, le=10**8)
     split_files: dict[str, int]
     listings: dict[str, str]
     version: int = VERSION

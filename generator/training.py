@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.bit_prior import fit_bit_prior, token_bits
-from common.checkpoint import folder_written_whole
 from common.config import LoopConfig
+from common.files import folder_written_whole
 from common.measuring import machine
 from common.randomness import Stream, generator_for
 from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send

@@ -11,10 +11,10 @@ from common.errors import InputError
 class RefinerSize(Config):
     """Size of the network, a transformer over patches; the defaults are for images of 64 x 64."""
 
-    layers: int = setting(6, "transformer blocks", ge=1)
-    heads: int = setting(8, "attention heads", ge=1)
-    width: int = setting(256, "width of the residual stream", ge=1)
-    patch_size: int = setting(8, "pixels of a patch's side", ge=1)
+    layers: int = setting(6, "transformer blocks", ge=1, le=2**10)
+    heads: int = setting(8, "attention heads", ge=1, le=2**10)
+    width: int = setting(256, "width of the residual stream", ge=1, le=2**14)
+    patch_size: int = setting(8, "pixels of a patch's side", ge=1, le=2**10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,8 +35,8 @@ class RefinerConfig(RefinerSize):
         has_null_label: whether training dropped labels, which guidance needs.
     """
 
-    image_size: int = setting(ge=1)
-    num_channels: int = setting(ge=1)
+    image_size: int = setting(ge=1, le=2**13)
+    num_channels: int = setting(ge=1, le=2**16)
     class_names: list[str]
     tokenizer_fingerprint: str
     scale_lengths: list[int] = setting(ge=1)
@@ -68,7 +68,7 @@ def size_of(config: RefinerSize) -> RefinerSize:
 class RefinerTrainingConfig(ModelTrainingConfig):
     """Settings of train_refiner.py beside those of data, augmentation and size."""
 
-    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub")
+    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub", reads=True)
     class_names: str | None = setting(
         None,
         "JSON file that gives classes a readable name, the one given to extract_tokens.py; default: names of the "
@@ -84,6 +84,7 @@ class RefinerTrainingConfig(ModelTrainingConfig):
         None,
         "model folder with tokenizer/ and generator/: continues the tokens of some images, so that the refiner is "
         "trained on its errors",
+        reads=True,
     )
     continued_share: float = setting(
         0.5, "with --generator: share of images whose last tokens it draws, at most half", ge=0, le=1

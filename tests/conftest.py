@@ -20,9 +20,9 @@ from PIL import Image
 from torch import nn
 from torchvision.models import vgg16
 
-from common.checkpoint import folder_written_whole
 from common.classifier import PictureClassifier
 from common.config import ClassifierConfig
+from common.files import folder_written_whole
 from generator.config import ChannelGPTConfig
 from generator.decode import CachedDecoder
 from generator.engine import Batch, Engine

@@ -8,17 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from common import checkpoint, cli
-from common.checkpoint import (
-    fingerprint,
-    folder_written_whole,
-    load_foreign_state,
-    load_tensors,
-    read_json,
-    save_tensors,
-    write_text,
-    written_whole,
-)
+from common.checkpoint import fingerprint, load_foreign_state, load_tensors, save_tensors
 from common.errors import InputError
+from common.files import folder_written_whole, read_json, write_text, written_whole
 from tokenizer import ChannelTokenizer
 
 

@@ -277,7 +277,7 @@ def test_a_run_without_errors_ends_with_0_and_prints_nothing(run_script):
         (["--do", "input"], "this is not allowed"),
         (["--od", "x"], "unknown argument '--od'; did you mean --do"),
         (["--config", "no.yaml"], "config no.yaml is missing"),
-        (["--do", "full"], "No space left on device while writing /some/file"),
+        (["--do", "full"], "No space left on device at /some/file"),
     ],
 )
 def test_a_mistake_of_the_user_ends_with_2_and_one_line(run_script, arguments, line):
@@ -297,4 +297,4 @@ def test_a_bug_keeps_its_traceback(run_script):
 
 def test_an_interrupt_ends_with_130_and_no_traceback(run_script):
     done = run_script("--do", "interrupt")
-    assert (done.code, done.err) == (130, "")
+    assert (done.code, done.err) == (130, "little.py: interrupted\n")

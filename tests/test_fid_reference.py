@@ -119,7 +119,7 @@ def test_an_archive_of_the_evaluator_gives_its_moments_to_inception_alone(tmp_pa
         ({"arr_0": np.zeros((12, 4, 4, 3), np.float32)}, "needed is uint8"),
         ({"arr_0": np.zeros((12, 3, 4, 4), np.uint8)}, "needed is uint8"),
         ({"arr_0": np.zeros((9, 4, 4, 3), np.uint8)}, "at least 10"),
-        ({"arr_0": np.array([None])}, "no .npz, or damaged"),
+        ({"arr_0": np.array([None])}, "not a .npz file, or is damaged"),
         ({"arr_0": np.zeros((12, 4, 4, 3), np.uint8), "mu": np.zeros(4), "sigma": np.eye(4)}, r"than \(3,\)"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CLASS_NAMES, Finished, ScriptRunner
 
-from common.checkpoint import folder_written_whole
+from common.files import folder_written_whole
 from generator.model import ChannelGPT
 from generator.objective import GeneratorObjective
 from generator.tokens import StoreHeader, TokenStore

@@ -359,7 +359,7 @@ def test_a_second_ctrl_c_ends_immediately(scripts: ScriptRunner, pipeline_folder
     twice = INTERRUPT.format(when="(3,)").replace(kill, f"{kill}; time.sleep(0.01); {kill}; time.sleep(0.01)")
     done = scripts("sample.py", "--model", pipeline_folder, before=twice, cwd=tmp_path)
     assert done.code == 130, done.err
-    assert done.err == ""
+    assert done.err == "sample.py: interrupted\n"
     assert files_below(tmp_path) == []
 
 

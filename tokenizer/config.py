@@ -23,13 +23,13 @@ class TokenizerConfig(Config):
         InputError: sizes that do not fit one another; the line says which and what is allowed.
     """
 
-    image_size: int = setting(256, "height and width of an image, in pixels", ge=1)
-    num_channels: int = setting(256, "C: channels of the latent, and tokens of an image", ge=1)
-    latent_size: int = setting(4, "height and width of the latent", ge=1)
+    image_size: int = setting(256, "height and width of an image, in pixels", ge=1, le=2**13)
+    num_channels: int = setting(256, "C: channels of the latent, and tokens of an image", ge=1, le=2**16)
+    latent_size: int = setting(4, "height and width of the latent", ge=1, le=2**10)
     num_bits: int = setting(14, "bits of a token; latent_size**2 means no projections", ge=1, le=16)
-    patch_size: int = setting(1, "space-to-depth factor around the network; 1 = none", ge=1)
-    encoder_widths: list[int] = setting([128, 128, 128, 256, 256, 512], "channels of each stage", ge=1)
-    decoder_widths: list[int] = setting([128, 128, 256, 256, 512], "channels of each stage", ge=1)
+    patch_size: int = setting(1, "space-to-depth factor around the network; 1 = none", ge=1, le=2**10)
+    encoder_widths: list[int] = setting([128, 128, 128, 256, 256, 512], "channels of each stage", ge=1, le=2**14)
+    decoder_widths: list[int] = setting([128, 128, 256, 256, 512], "channels of each stage", ge=1, le=2**14)
     encoder_attention_sizes: list[int] = setting([], "map sizes at which encoder blocks are followed by attention")
     decoder_attention_sizes: list[int] = setting([], "map sizes at which decoder blocks are followed by attention")
     middle_attention: bool = setting(True, "attention between the two middle blocks")
@@ -38,7 +38,7 @@ class TokenizerConfig(Config):
         "a linear map of overlapping patches beside the encoder and one beside the decoder, for small networks that "
         "train briefly",
     )
-    num_heads: int = setting(8, "attention heads", ge=1)
+    num_heads: int = setting(8, "attention heads", ge=1, le=2**10)
 
     def __post_init__(self) -> None:
         super().__post_init__()

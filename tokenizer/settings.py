@@ -11,11 +11,12 @@ from common.errors import InputError
 class DataConfig(Config):
     """Source of images: exactly one of `data_dir` and `dataset`."""
 
-    data_dir: str | None = setting(None, "folder with train/<class>/* and val/<class>/*")
+    data_dir: str | None = setting(None, "folder with train/<class>/* and val/<class>/*", reads=True)
     dataset: str | None = setting(
         None,
         "in place of data_dir: a data set on the Hugging Face hub, such as ILSVRC/imagenet-1k, or a local folder of "
         "parquet files or of WebDataset tars",
+        reads=True,
     )
     dataset_config: str | None = setting(None, "configuration of --dataset, where it has several")
     train_split: str = setting("train", "split of --dataset to train on")
@@ -183,7 +184,7 @@ class TokenizerTrainingConfig(ModelTrainingConfig):
 class ExtractionConfig(Config):
     """Flags of extract_tokens.py."""
 
-    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub")
+    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub", reads=True)
     output_dir: str = setting(help="folder of the token store; one that was begun is continued")
     class_names: str | None = setting(
         None, "JSON file that gives classes a readable name; default: names of the folders or of --dataset"
@@ -193,9 +194,9 @@ class ExtractionConfig(Config):
         "of train; flip: the mirror image as well; ten-crop: corners and middle of a larger image, and their mirror "
         "images",
     )
-    shard_size: int = setting(10_000, "images a shard", ge=1)
-    batch_size: int = setting(64, "images a pass", ge=1)
-    num_workers: int = setting(1, "processes that read images", ge=0)
+    shard_size: int = setting(10_000, "images a shard", ge=1, le=10**8)
+    batch_size: int = setting(64, "images a pass", ge=1, le=2**16)
+    num_workers: int = setting(1, "processes that read images", ge=0, le=256)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     strict: bool = setting(False, "stop at an unreadable image instead of omitting it")
 

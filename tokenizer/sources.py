@@ -5,6 +5,7 @@ nothing is streamed. Images are given as files or bytes; `common.images` decodes
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +50,14 @@ class FolderSource(_Labelled):
             listing = ImageFolder(str(folder))
         except (FileNotFoundError, RuntimeError) as error:
             raise InputError(f"{folder}: {error}; each class folder needs at least one image") from error
-        self._paths: list[str] = [path for path, _ in listing.samples]
-        super().__init__(str(folder), np.array(listing.targets, dtype=np.int64), listing.classes)
+        # a link to a parent folder makes ImageFolder list the same folder many times
+        folders: dict[str, str] = {}
+        for name in sorted({str(Path(path).parent) for path, _ in listing.samples}, key=len):
+            folders.setdefault(os.path.realpath(name), name)
+        listed = set(folders.values())
+        samples = [(path, label) for path, label in listing.samples if str(Path(path).parent) in listed]
+        self._paths: list[str] = [path for path, _ in samples]
+        super().__init__(str(folder), np.array([label for _, label in samples], dtype=np.int64), listing.classes)
 
     def image_name(self, index: int) -> str:
         """Path of the file, for messages."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import folder_written_whole, load_tensors, read_json, save_tensors, write_text
+from common.checkpoint import load_tensors, save_tensors
 from common.errors import InputError
+from common.files import folder_written_whole, read_json, write_text
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import write_text
+from common.files import write_text
 
 
 class JsonlLog:

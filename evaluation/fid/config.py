@@ -18,19 +18,19 @@ FULL = 50_000  # samples below which a distance is not called FID
 class FidConfig(Config):
     """Flags of `benchmark.py fid` beside those of sampling."""
 
-    model: str = setting(help="folder with tokenizer/ and generator/, or a hub name")
-    reference: str = setting(help="folder of images, or .npz of guided-diffusion or of --save-reference")
+    model: str = setting(help="folder with tokenizer/ and generator/, or a hub name", reads=True)
+    reference: str = setting(help="folder of images, or .npz of guided-diffusion or of --save-reference", reads=True)
     num_tokens: list[int] | None = setting(None, "each k; default: 1 4 16 32 64 ... and all C", ge=1, unique=True)
-    num_samples: int = setting(FULL, "N, split evenly over the classes", ge=MIN_IMAGES)
+    num_samples: int = setting(FULL, "N, split evenly over the classes", ge=MIN_IMAGES, le=10**8)
     refine: int | None = setting(
-        None, "steps of the refiner, for a second row of each k; default: as in sample.py", ge=0
+        None, "steps of the refiner, for a second row of each k; default: as in sample.py", ge=0, le=1000
     )
-    refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 1", ge=0)
+    refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 1", ge=0, le=100)
     refine_temperature: float | None = setting(
         None, "standard deviation of the refiner's noise; default: 1", ge=0, le=2
     )
-    seed: int = setting(0, "sample i is drawn with seed + i", ge=0)
-    batch_size: int = setting(64, "samples drawn together; an interruption loses one batch", ge=1)
+    seed: int = setting(0, "sample i is drawn with seed + i", ge=0, lt=2**63)
+    batch_size: int = setting(64, "samples drawn together; an interruption loses one batch", ge=1, le=2**16)
     features: str | None = setting(None, "classifier whose features replace Inception's")
     inception_weights: str | None = setting(
         None, "torch-fidelity's weights-inception-2015-12-05-6726825d.pth; default: download"
@@ -43,7 +43,7 @@ class FidConfig(Config):
     )
     save_images: bool = setting(False, "write each image as images/k0032/000000.png")
     save_npz: bool = setting(False, "write samples-k0032.npz for the guided-diffusion evaluator")
-    num_workers: int = setting(1, "processes that read the reference's images", ge=0)
+    num_workers: int = setting(1, "processes that read the reference's images", ge=0, le=256)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: Dtype = setting("float32", "number format of the generator's weights")
     compile: bool = setting(False, "compile drawing and decoding first")

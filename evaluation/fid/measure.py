@@ -14,8 +14,9 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import fingerprint, load_tensor, read_json, save_tensors, write_text, written_whole
+from common.checkpoint import fingerprint, load_tensor, save_tensors
 from common.errors import InputError
+from common.files import read_json, write_text, written_whole
 from common.images import save_png, to_pil
 from common.measuring import machine, synchronize, versions
 from common.randomness import generator_for

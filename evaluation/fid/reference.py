@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import read_json, written_whole
 from common.errors import InputError
+from common.files import load_arrays, read_json, written_whole
 from common.images import UnreadableImageError, load_image, to_float
 from common.randomness import generator_for
 from common.runtime import leave_signals_to_the_trainer
@@ -118,7 +116,7 @@ def read_reference(
         total, batches = len(files), _folder_batches(files, size, config)
         preparation = f"upright, shorter side scaled to {size} pixels (Lanczos), middle square, 8 bits"
     else:
-        content = _read_npz(path)
+        content = load_arrays(path)
         if "features" in content:
             return _saved(path, content, networks.extractor)
         images, moments = _npz_images(path, content, networks.extractor)
@@ -229,14 +227,6 @@ def _labels(files: list[Path], class_names: Sequence[str], mapping: str | None) 
         logger.warning("folder %s is no class: class accuracy of the reference needs --class-names", unknown)
         return None
     return torch.tensor([labels[name] for name in names])
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return dict(content)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is no .npz, or damaged ({error}); copy it again, or give another") from error
 
 
 def _npz_images(

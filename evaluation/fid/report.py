@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import write_text
+from common.files import write_text
 from common.plots import Panel, save_line_plot
 from evaluation.features import INCEPTION
 from evaluation.fid.config import FULL, FidConfig

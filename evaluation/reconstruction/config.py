@@ -12,14 +12,14 @@ from tokenizer.config import check_ssim_size, evaluation_lengths
 class ReconstructionConfig(Config):
     """Flags of `benchmark.py reconstruction` beside those of the data."""
 
-    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub")
+    tokenizer: str = setting(help="tokenizer folder, or its name on the Hugging Face hub", reads=True)
     num_tokens: list[int] | None = setting(
         None, "each k to report; default: 1 4 16 64 ... below C, and C", ge=1, unique=True
     )
     max_images: int | None = setting(None, "number of images, spread evenly over the data; default: all", ge=1)
     strict: bool = setting(False, "stop at an unreadable image instead of skipping it")
-    batch_size: int = setting(32, "images a pass; changes no result", ge=1)
-    num_workers: int = setting(1, "processes that read images", ge=0)
+    batch_size: int = setting(32, "images a pass; changes no result", ge=1, le=2**16)
+    num_workers: int = setting(1, "processes that read images", ge=0, le=256)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: Dtype = setting("float32", "number format of the decoder; encoding is float32")
     perceptual: Literal["lpips", "none"] = setting("lpips", "lpips needs VGG weights")
@@ -30,10 +30,12 @@ class ReconstructionConfig(Config):
     inception_weights: str | None = setting(
         None, "weights-inception-2015-12-05-6726825d.pth; default: as for perceptual_weights"
     )
-    refiner: str | None = setting(None, "refiner folder: measure refined reconstructions, too, in rows of their own")
-    refine: int = setting(Refinement.steps, "with --refiner: its steps", ge=1)
+    refiner: str | None = setting(
+        None, "refiner folder: measure refined reconstructions, too, in rows of their own", reads=True
+    )
+    refine: int = setting(Refinement.steps, "with --refiner: its steps", ge=1, le=1000)
     curve_images: int = setting(0, "images decoded at every k from 1 to C, for the gain of each channel; slow", ge=0)
-    sheet_images: int = setting(8, "rows of reconstructions.png; 0: no such picture", ge=0)
+    sheet_images: int = setting(8, "rows of reconstructions.png; 0: no such picture", ge=0, le=1000)
     prior_images: int = setting(
         0, "training images to fit a linear prior to, for the rate of held-out tokens; 0: no rate", ge=0
     )

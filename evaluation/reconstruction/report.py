@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import write_text
+from common.files import write_text
 from common.images import captioned_table, save_png, to_pil
 from common.plots import Panel, save_line_plot
 from evaluation.tables import place, table_head, table_line

@@ -22,17 +22,17 @@ class SpeedConfig(Config):
         None,
         f"architecture, with random weights; none: 256 tokens of 14 bits, no images; default: {DEFAULT_TOKENIZER}",
     )
-    model: str | None = setting(None, "instead: a folder with tokenizer/ and generator/")
+    model: str | None = setting(None, "instead: a folder with tokenizer/ and generator/", reads=True)
     num_tokens: list[int] | None = setting(
         None, "each k to report; default: 32 64 128 192, as far as below C, and C", ge=1, unique=True
     )
-    batch_size: list[int] = setting([1], "images drawn together", ge=1, unique=True)
+    batch_size: list[int] = setting([1], "images drawn together", ge=1, le=2**16, unique=True)
     dtype: list[Dtype] = setting(["float32", "bfloat16"], "number formats", unique=True)
     cfg_scale: list[float] = setting(
         [1.0], "classifier-free guidance; 1 = off, others cost two passes", ge=0, unique=True
     )
     samplers: list[Sampler] = setting(list(SAMPLERS), "what is compared", unique=True)
-    repeats: int = setting(3, "rounds; their median is reported", ge=1)
+    repeats: int = setting(3, "rounds; their median is reported", ge=1, le=1000)
     seed: int = setting(0, "of random weights and of drawing")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     output_dir: str = setting("runs/speed", "folder for speed.json, .md and .png")

@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import write_text
+from common.files import write_text
 from common.plots import Panel, save_line_plot
 from evaluation.tables import cell, place, table_head, table_line
 

@@ -1,0 +1,344 @@
+"""Wrong calls and hostile files: each is refused with one line, and no input or earlier result is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from conftest import ScriptRunner
+from test_configs import COMMANDS
+
+from common import cli
+from common.errors import InputError
+from common.files import exclusive_folder, load_arrays, read_json
+from generator.config import SamplingConfig
+from generator.model import ChannelGPT
+from generator.pipeline import ChannelTokPipeline
+from generator.settings import ModelSettings
+from generator.token_file import TokenFile
+from generator.tokens import TokenStore
+from tokenizer import ChannelTokenizer
+from tokenizer.sources import FolderSource
+
+# ------------------------------------------------------------------------------------- wrong calls
+
+NUMBERS = ["", "x", "-1", "1.5", "1e3", "nan", "inf", "-inf", "1e309", "0x10", "9" * 30, "-" + "9" * 30]
+
+
+def wrong_calls() -> Iterator[tuple[str, list[str]]]:
+    """Every flag of every command with values that most flags do not take."""
+    for command, kinds in COMMANDS.items():
+        for kind in kinds:
+            for name, hint in get_type_hints(kind).items():
+                if name in {field.name for field in fields(kind)}:
+                    is_text = str in (hint, *get_args(hint)) and get_origin(hint) is not Literal
+                    values = ["", "\0", "é" * 300] if is_text else NUMBERS
+                    yield from ((command, [f"--{name}={value}"]) for value in values)
+
+
+def test_wrong_calls_are_refused_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls, refused = list(wrong_calls()), 0
+    assert len(calls) >= 300
+    for command, words in calls:
+        try:
+            cli.parse(*COMMANDS[command], argv=words)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error), words
+    assert refused >= 300
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spelling", ["{0}", "{0}/", "{0}/../in", "link", "./{1}"])
+def test_an_output_folder_that_is_an_input_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spelling: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("in")
+    output = spelling.format(tmp_path / "in", "in")
+    for command, flag, more in (
+        ("train_ar.py", "--tokens", []),
+        ("train_ar.py", "--init-from", ["--tokens", "t"]),
+        ("train_tokenizer.py", "--data-dir", []),
+        ("train_refiner.py", "--tokenizer", ["--data-dir", "d"]),
+        ("extract_tokens.py", "--tokenizer", ["--data-dir", "d"]),
+        ("sample.py", "--model", []),
+        ("benchmark.py reconstruction", "--tokenizer", ["--data-dir", "d"]),
+    ):
+        kinds = [kind for kind in COMMANDS[command] if kind.__name__ != "VerificationConfig"]
+        with pytest.raises(InputError, match=r"is also .*; choose another folder"):
+            cli.parse(*kinds, argv=[flag, "in", "--output-dir", output, *more])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: *b\n", "has aliases"),
+        ("seed: " + "[" * 100_000, "not readable YAML"),
+        ("seed: !!python/object/apply:os.system [ls]\n", "not readable YAML"),
+    ],
+)
+def test_yaml_files_that_could_exhaust_memory_or_run_code_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        cli.parse(*COMMANDS["sample.py"], argv=["--config", str(tmp_path / "a.yaml")])
+
+
+ERRORS = """
+import errno, os, shutil, sys
+from common import cli
+
+def main():
+    kind = sys.argv[1]
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "copy":
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+    if kind == "memory":
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    if kind == "bug":
+        raise RuntimeError("a bug")
+    number = getattr(errno, kind)
+    raise OSError(number, os.strerror(number), "some/file")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "line"),
+    [
+        *((name, 2, "at some/file") for name in ("ENOSPC", "ENOENT", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EACCES")),
+        ("copy", 2, "No space left"),
+        ("memory", 2, "out of memory"),
+        ("interrupt", 130, "interrupted"),
+        ("bug", 1, "RuntimeError: a bug"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    scripts: ScriptRunner, tmp_path: Path, kind: str, code: int, line: str
+) -> None:
+    (tmp_path / "little.py").write_text(ERRORS)
+    done = scripts(str(tmp_path / "little.py"), kind)
+    assert (done.code, line in done.err) == (code, True), done.err
+    assert (done.err.count("\n") == 1) == (kind != "bug")
+
+
+# ------------------------------------------------------------------------------------- hostile files
+
+
+def damaged_bytes(content: bytes) -> Iterator[bytes]:
+    """A file cut short, with wrong bytes, with more bytes, or of another kind."""
+    yield from (content[: len(content) * part // 8] for part in range(8))
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, min(len(content), 2000), 12).tolist():
+        yield content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+    yield content + b"more"
+    yield b"[" * 200_000
+    yield b"\0" * 100
+
+
+def damaged_json(content: bytes) -> Iterator[bytes]:
+    """A JSON object with keys of other types, missing keys, and more keys."""
+    value = json.loads(content)
+    for name in value:
+        yield from (
+            json.dumps(value | {name: other}).encode()
+            for other in (None, True, -1, 0.5, 10**30, "", "x", [], {}, [[]], float("nan"))
+        )
+        yield json.dumps({key: entry for key, entry in value.items() if key != name}).encode()
+    yield json.dumps(value | {"unknown": 1}).encode()
+    yield json.dumps([value]).encode()
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, tokens of a drawing and settings; each test changes one file of a copy."""
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copytree(pipeline_folder, folder / "model")
+    pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    drawing = TokenFile(
+        tokens=torch.tensor([[1, 2]]), num_tokens=torch.tensor([2]), class_labels=[0], seeds=[0],
+        sampling=SamplingConfig(), fingerprint=pipeline.tokens_fingerprint,
+    )  # fmt: skip
+    drawing.save(folder / "tokens.npz")
+    settings = ModelSettings(by_num_tokens={4: SamplingConfig()}, fingerprint="x", measured={})
+    settings.save(folder / "model" / "generator")
+    return folder
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "model/tokenizer/config.json": lambda root: ChannelTokenizer.from_pretrained(root / "model/tokenizer"),
+    "model/tokenizer/model.safetensors": lambda root: ChannelTokenizer.from_pretrained(root / "model/tokenizer"),
+    "model/generator/config.json": lambda root: ChannelGPT.from_pretrained(root / "model/generator"),
+    "model/generator/model.safetensors": lambda root: ChannelGPT.from_pretrained(root / "model/generator"),
+    "model/generator/sampling.json": lambda root: ModelSettings.load(root / "model/generator", "x"),
+    "tokens.npz": lambda root: TokenFile.load(root / "tokens.npz"),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_damaged_files_are_read_or_refused_with_one_line(folder: Path, tmp_path: Path, name: str) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    content = (root / name).read_bytes()
+    LOADERS[name](root)
+    cases = [*damaged_bytes(content), *(damaged_json(content) if name.endswith(".json") else ())]
+    refused = 0
+    for case in cases:
+        (root / name).write_bytes(case)
+        try:
+            LOADERS[name](root)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert len(cases) >= 20
+    assert refused >= len(cases) // 2
+
+
+def test_a_damaged_token_store_is_refused_with_one_line(token_store: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(token_store, root)
+    for name in ("store.json", "train-00000.json"):
+        content = (root / name).read_bytes()
+        for case in [*damaged_bytes(content), *damaged_json(content)]:
+            (root / name).write_bytes(case)
+            try:
+                TokenStore.open(root)
+            except InputError as error:
+                assert "\n" not in str(error)
+        (root / name).write_bytes(content)
+
+
+def archive(path: Path, header: str, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", method) as file:
+        text = header.encode().ljust(117) + b"\n"
+        file.writestr("tokens.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }", b"0" * 8),
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (-1,), }", b""),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"0" * 8),
+        ("{'descr': '<i8'", b""),
+        ("__import__('os').system('ls')", b""),
+    ],
+)
+def test_arrays_are_compared_with_the_file_before_they_are_read(tmp_path: Path, header: str, data: bytes) -> None:
+    archive(tmp_path / "a.npz", header, data)
+    with pytest.raises(InputError, match=r"a\.npz is not a \.npz file, or is damaged"):
+        load_arrays(tmp_path / "a.npz")
+
+
+def test_an_archive_that_inflates_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000,), }"
+    archive(tmp_path / "a.npz", header, bytes(4_000_000), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "a.npz").stat().st_size < 10_000
+    assert load_arrays(tmp_path / "a.npz")["tokens"].shape == (4_000_000,)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    with pytest.raises(InputError, match="allowed are 500,000 on this machine"):
+        load_arrays(tmp_path / "a.npz")
+
+
+def test_weights_that_are_not_finite_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    model = ChannelGPT.from_pretrained(pipeline_folder / "generator")
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"norm\.weight has entries that are not finite"):
+        ChannelGPT.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- wrong results
+
+
+def test_values_that_are_no_integers_are_refused_and_those_of_numpy_accepted(pipeline_folder: Path) -> None:
+    pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
+    for wrong in ({"class_labels": [0.7]}, {"seed": [0.5]}, {"class_labels": ["0"]}, {"prefix": torch.rand(1, 3)}):
+        with pytest.raises(InputError, match="integer"):
+            pipeline(**{"class_labels": [0], **wrong})
+    expected = pipeline([1], seed=3).tokens
+    prefix = expected[:, :4].to(torch.uint16)
+    assert torch.equal(pipeline(np.array([1]), seed=np.int32(3), prefix=prefix).tokens, expected)
+    with pytest.raises(InputError, match="a prefix has 4 tokens"):
+        pipeline.stream_best([1], 4, 1, prefix=expected[:, :4])
+
+
+def test_a_link_to_a_parent_folder_is_not_followed(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "train", tmp_path / "train")
+    before = FolderSource(tmp_path / "train")
+    (tmp_path / "train" / "n01" / "loop").symlink_to("..")
+    assert FolderSource(tmp_path / "train").fingerprint() == before.fingerprint()
+
+
+# ------------------------------------------------------------------------------------- leftovers and concurrency
+
+HOLD = """
+import sys, time
+from common.files import exclusive_folder
+with exclusive_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_writer_until_that_ends(scripts: ScriptRunner, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    other = subprocess.Popen(words, env=scripts.environment, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    (tmp_path / "out" / ".00000.png.1.partial").write_text("half")
+    with pytest.raises(InputError, match="another process writes to"), exclusive_folder(tmp_path / "out"):
+        pass
+    other.kill()
+    other.wait()
+    with exclusive_folder(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_sigterm_keeps_what_has_been_drawn(scripts: ScriptRunner, slow_pipeline_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", slow_pipeline_folder, "--class-labels", 1, "--samples-per-class", 10_000, "--batch-size", 2]
+    running = scripts.start("sample.py", *words, cwd=tmp_path)
+    while not list((tmp_path / "samples" / ".partial").glob("0*.png")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill(signal.SIGTERM)
+    done = running.wait(60)
+    assert done.code == 0, done.err
+    assert "of 10000 images written" in done.err
+    assert len(TokenFile.load(tmp_path / "samples" / "tokens.npz").seeds) >= 2
+
+
+def test_a_kill_or_a_full_disk_while_drawing_keeps_the_earlier_images(
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--model", pipeline_folder, "--class-labels", 0, 1]
+    assert scripts("sample.py", *words, cwd=tmp_path).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "samples").iterdir()}
+    for failure in ("os._exit(9)", "raise OSError(28, 'No space left on device', 'x')"):
+        broken = f"import os, generator.session as s\ndef fail(*a, **k):\n    {failure}\ns.Session._grid = fail"
+        done = scripts("sample.py", *words, "--seed", 5, before=broken, cwd=tmp_path)
+        assert done.code in (9, 2)
+        after = {path.name: path.read_bytes() for path in (tmp_path / "samples").iterdir() if path.is_file()}
+        assert {name: after.get(name) for name in before} == before
+    assert scripts("sample.py", *words, "--seed", 5, cwd=tmp_path).code == 0
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(before)
+    assert read_json(pipeline_folder / "generator" / "config.json")
+    assert BytesIO(before["00000.png"]).getvalue() != (tmp_path / "samples" / "00000.png").read_bytes()
