@@ -50,6 +50,12 @@ def _boolean(word: str) -> bool:
     return values[word.lower()]
 
 
+def _text(word: str) -> str:
+    if "\0" in word:  # from a YAML file; no path may have one
+        raise argparse.ArgumentTypeError("NUL is not allowed")
+    return word
+
+
 def _add_flag(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any], hint: Any) -> None:
     """Add the flag of a dataclass field: a number, a string, a boolean, a Literal, a list of these, or None."""
     options: dict[str, Any] = {"help": entry.metadata.get("help"), "default": entry.default}
@@ -68,7 +74,7 @@ def _add_flag(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any], hi
     elif hint is bool:
         options |= {"type": _boolean, "nargs": "?", "const": True}
     else:
-        options["type"] = hint
+        options["type"] = _text if hint is str else hint
     names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
     parser.add_argument(*names, dest=entry.name, **options)
 
