@@ -189,7 +189,7 @@ class RefinerTrainer(ImageTrainer):
         return figures
 
     def _draw_sheet(self, averaged: Refiner, path: Path) -> None:
-        """Write a picture: a row for each of a few images, decoded and refined at some k, the original last."""
+        """Write a picture: a row for each of a few images, decoded and refined at some k, the photograph last."""
         images = torch.cat([batch.images for batch in self.held])
         labels = torch.cat([batch.labels for batch in self.held])
         rows = [i * len(images) // SHEET_ROWS for i in range(min(SHEET_ROWS, len(images)))]
@@ -204,7 +204,7 @@ class RefinerTrainer(ImageTrainer):
             columns += [to_uint8(decoded), to_uint8(refined)]
             names += [f"k={k}", "refined"]
         table = [[to_pil(image) for image in row] for row in zip(*columns, images, strict=True)]
-        save_png(captioned_table(table, column_labels=[*names, "original"]), path)
+        save_png(captioned_table(table, column_labels=[*names, "photograph"]), path)
 
     def export(self, averaged: Refiner) -> None:
         """Write refiner/."""
