@@ -97,9 +97,11 @@ class ScriptRunner:
         `before` is Python code that each process executes first.
         """
         together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        started, outputs = [], []
+        started: list[Any] = []
+        outputs: list[tuple[Path, Path]] = []
         for rank in range(processes):
-            outputs.append(tuple(self.folder / f"{len(self._runs)}-{rank}.{name}" for name in ("out", "err")))
+            out, err = (self.folder / f"{len(self._runs)}-{rank}.{name}" for name in ("out", "err"))
+            outputs.append((out, err))
             several = together | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
             environment = several if processes > 1 else {}
             words = [str(REPO / script), *map(str, arguments)]

@@ -25,7 +25,6 @@ from common import runtime
 from common.config import LoopConfig
 from common.errors import InputError
 from common.randomness import Stream, generator_for
-from common.runtime import Interrupted, StopOnSignal
 from training.checkpoints import MAY_CHANGE, Checkpoints, RunLog
 from training.distributed import make_accelerator, whole
 from training.model_state import EMA, AuxiliaryModel, ModelState, make_optimizer
@@ -33,7 +32,6 @@ from training.schedule import Part, StepSampler, learning_rate_at, split_batch
 
 logger = logging.getLogger(__name__)
 REPORT_EVERY = 20  # steps
-PATIENCE = timedelta(hours=6)  # of the other processes while the main one evaluates or saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,9 @@ class Trainer:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         if compiles:
             runtime.check_can_compile(self.device)
-        # on the CPU, so that no process waits for a GPU
+        # on the CPU, so that no process waits for a GPU; the main process may evaluate or save for hours
         several = self.accelerator.num_processes > 1
-        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if several else None
 
     def prepare(
         self,
@@ -118,7 +116,11 @@ class Trainer:
         self.average: EMA | None = None  # in the main process, or in all if each has a shard
         if averaged is not None or self.sharded:
             self.average = EMA(averaged, self.main.bare, config.ema_decay, sharded=self.sharded)
-        self._states = [self.main, *([self.average] if self.average else []), *self.auxiliary.values()]
+        self._states: list[ModelState | EMA] = [
+            self.main,
+            *([self.average] if self.average else []),
+            *self.auxiliary.values(),
+        ]
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
         self._loss = torch.zeros(())
@@ -193,7 +195,7 @@ class Trainer:
         self.main.model.train()
         stream = iter(self.batches())
         with (
-            StopOnSignal(signal.SIGTERM, signal.SIGINT, patient=accelerator.num_processes > 1) as stop,
+            runtime.StopOnSignal(signal.SIGTERM, signal.SIGINT, patient=accelerator.num_processes > 1) as stop,
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05) as bar,
         ):
@@ -266,7 +268,7 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
 
-    def _evaluate_if_due(self, stop: StopOnSignal) -> None:
+    def _evaluate_if_due(self, stop: runtime.StopOnSignal) -> None:
         """Evaluate and export after every `evaluate_every` steps and the last; interrupted by a signal."""
         if self.step == 0 or (self.step % self.config.evaluate_every and self.step != self.config.steps):
             return
@@ -278,7 +280,7 @@ class Trainer:
                     self.export(averaged)
                 self.log.append({"step": self.step, "evaluation": figures})
                 self._track({f"evaluation/{name}": value for name, value in figures.items()})
-            except Interrupted:
+            except runtime.Interrupted:
                 logger.warning("the evaluation at step %d was interrupted; --resume repeats it", self.step)
         if self.average is not None:
             self.average.release()
