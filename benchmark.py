@@ -51,9 +51,9 @@ def features(
     training: ClassifierTrainingConfig, data: DataConfig, augmentation: AugmentationConfig, network: ClassifierConfig
 ) -> None:
     """Train the classifier."""
-    from evaluation.classifier import train_classifier
+    from evaluation.classifier import ClassifierTrainer
 
-    train_classifier(training, data, augmentation, network)
+    ClassifierTrainer(training, data, augmentation, network).run()
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {

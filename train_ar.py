@@ -12,14 +12,14 @@ def main() -> None:
     from common.errors import InputError
     from common.runtime import move
     from generator.tokens import TokenStore
-    from generator.training import train_generator
+    from generator.training import GeneratorTrainer
     from tokenizer.tokenizer import ChannelTokenizer
 
     store = TokenStore.open(training.tokens)
     tokenizer = ChannelTokenizer.from_pretrained(store.tokenizer_folder)
     if tokenizer.token_fingerprint() != store.header.tokenizer_fingerprint:
         raise InputError(f"{store.tokenizer_folder} is not the tokenizer that made these tokens; extract them again")
-    train_generator(training, size, lambda device: move(tokenizer, device).detokenize, cli.command_line())
+    GeneratorTrainer(training, size, lambda device: move(tokenizer, device).detokenize).run()
 
 
 if __name__ == "__main__":

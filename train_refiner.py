@@ -1,5 +1,6 @@
 """Train a refiner on images and a frozen tokenizer: see `--help`, configs/ and docs/refiner.md."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from common import cli
@@ -20,30 +21,17 @@ CONFIGS = RefinerTrainingConfig, RefinerSize, DataConfig, AugmentationConfig
 def main() -> None:
     """Parse, open data and tokenizer, then train."""
     training, size, data, augmentation = cli.parse(*CONFIGS, description=__doc__)
-    from dataclasses import asdict
-
-    from common.files import read_json
-    from refiner.training import Photographs, train_refiner
-    from tokenizer.data import ImageDataset, UnreadableFiles, collate
-    from tokenizer.sources import check_same_classes, open_source
+    from refiner.training import RefinerTrainer
     from tokenizer.tokenizer import ChannelTokenizer
+    from tokenizer.training import open_images
 
     tokenizer = ChannelTokenizer.from_pretrained(training.tokenizer)
-    train, val = open_source(data, "train"), open_source(data, "val")
-    check_same_classes(train, val)
-    names = read_json(training.class_names) if training.class_names else {}
-    image_size, seed = tokenizer.config.image_size, training.seed
-    photographs = Photographs(
-        name=train.name,
-        fingerprint=train.fingerprint(),
-        class_names=[str(names.get(name, name)) for name in train.classes],
-        train=ImageDataset(train, image_size, augmentation=augmentation, seed=seed, replace_unreadable=True),
-        val=ImageDataset(val, image_size, augmentation=None, seed=seed, replace_unreadable=False),
-        collate=collate,
-        note=UnreadableFiles(training.strict).note,
-    )
+    images = open_images(
+        data, augmentation, tokenizer.config.image_size,
+        seed=training.seed, strict=training.strict, names_file=training.class_names,
+    )  # fmt: skip
     identity = {"augmentation": asdict(augmentation)}
-    train_refiner(training, size, photographs, lambda device: codec(tokenizer, training, device), identity)
+    RefinerTrainer(training, size, images, lambda device: codec(tokenizer, training, device), identity).run()
 
 
 def codec(tokenizer: "ChannelTokenizer", training: RefinerTrainingConfig, device: "torch.device") -> "Codec":

@@ -1,26 +1,18 @@
 """Train a tokenizer on images: see `--help`, configs/ and docs/training.md."""
 
 from common import cli
+from tokenizer import settings
 from tokenizer.config import TokenizerConfig
-from tokenizer.settings import (
-    AugmentationConfig,
-    DataConfig,
-    GanConfig,
-    RateConfig,
-    TailDropConfig,
-    TokenizerLossConfig,
-    TokenizerTrainingConfig,
-)
 
 CONFIGS = (
-    TokenizerTrainingConfig,
-    DataConfig,
-    AugmentationConfig,
+    settings.TokenizerTrainingConfig,
+    settings.DataConfig,
+    settings.AugmentationConfig,
     TokenizerConfig,
-    TokenizerLossConfig,
-    TailDropConfig,
-    GanConfig,
-    RateConfig,
+    settings.TokenizerLossConfig,
+    settings.TailDropConfig,
+    settings.GanConfig,
+    settings.RateConfig,
 )
 
 
@@ -28,9 +20,9 @@ def main() -> None:
     """Parse, then train."""
     configs = cli.parse(*CONFIGS, description=__doc__)
     # here, so that --help and mistakes are answered without loading torch
-    from tokenizer.training import train_tokenizer
+    from tokenizer.training import TokenizerTrainer
 
-    train_tokenizer(*configs)
+    TokenizerTrainer(*configs).run()
 
 
 if __name__ == "__main__":

@@ -33,20 +33,23 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
+def _philox(seed: int, half: int) -> np.random.Generator:
+    """Philox (Salmon et al., 2011) with the key (seed, half)."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
+    return np.random.Generator(np.random.Philox(key=[seed, half]))
+
+
 def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
     """One number in [0, 1) for each image and position: (b C) float64, on the CPU.
 
-    Entry (i, j) is a function of seeds[i] and j alone (Philox, Salmon et al., 2011), so a picture does
-    not depend on its neighbours, on the number of tokens asked for, or on when drawing was stopped.
+    Entry (i, j) is a function of seeds[i] and j alone, so an image does not depend on its neighbours, on the number of
+    tokens, or on when sampling was stopped.
 
     Raises:
         InputError: a seed outside [0, 2**63).
     """
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
-    rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_channels) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack([_philox(seed, 0).random(num_channels) for seed in seeds]))
 
 
 def normals(seeds: Sequence[int], *shape: int) -> Tensor:
@@ -57,9 +60,4 @@ def normals(seeds: Sequence[int], *shape: int) -> Tensor:
     Raises:
         InputError: a seed outside [0, 2**63).
     """
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed {seed} is out of range; allowed are 0 .. 2**63 - 1")
-    # the upper half of Philox's key is 0 in `uniforms`
-    rows = [np.random.Generator(np.random.Philox(key=[seed, 1])).standard_normal(shape, np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack([_philox(seed, 1).standard_normal(shape, np.float32) for seed in seeds]))

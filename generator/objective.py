@@ -1,6 +1,6 @@
 """Training objective of the generator: cross-entropy of every token, and a penalty on the linear prior."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,10 @@ class GeneratorObjective(nn.Module):
         log_odds = self.generator(class_labels, bits, None if flips is None else bits * flips)
         return GeneratorLoss(F.softplus(-bits * log_odds).sum(-1), self.generator.prior.penalty())
 
-    def compile_blocks(self) -> None:
+    def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile each block in place; as all blocks are alike, this takes as long as one."""
         for block in self.generator.blocks:
-            block.compile()
+            block.compile(*arguments, **options)
 
 
 def position_weights(kind: Weighting, num_channels: int) -> Tensor:
@@ -63,18 +63,3 @@ def draw_flips(images: int, num_channels: int, num_bits: int, largest: float, rn
     """Random signs (images num_channels num_bits): -1 with a probability that is drawn evenly from [0, largest]."""
     share = torch.rand(images, 1, 1, generator=rng) * largest
     return torch.where(torch.rand(images, num_channels, num_bits, generator=rng) < share, -1.0, 1.0)
-
-
-def flops_per_token(generator: ChannelGPT, num_tokens: float) -> float:
-    """Operations to train on one token of sequences of `num_tokens`, forward and backward.
-
-    Two for each multiplication with its sum: 6 for every weight of the blocks, the maps of bits and the prior's row of
-    bits, and 6 * layers * width * num_tokens for causal attention, half of a full square (Chowdhery et al., 2022, arXiv
-    2204.02311, appendix B, counts the whole square). Recomputation does not count.
-    """
-    config = generator.config
-    weights = sum(parameter.numel() for parameter in generator.blocks.parameters() if parameter.ndim == 2)
-    maps = (generator.read_bits, generator.bit_head)
-    weights += sum(2 * layer.shared.numel() for layer in maps) + generator.pair_head.weight.numel()
-    weights += 2 * generator.prior.weight.numel() // config.num_channels  # multiplied as a square matrix
-    return 6.0 * weights + 6.0 * config.num_layers * config.hidden_size * num_tokens

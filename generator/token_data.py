@@ -87,7 +87,6 @@ class TokenDataset(Dataset[TokenBatch]):
         return torch.from_numpy(found)
 
 
-def whole_batch(batch: Any) -> TokenBatch:
-    """Return the batch: the collate_fn of a `TokenDataset`'s loader, whose batches are complete."""
-    complete: TokenBatch = batch
-    return complete
+def whole_batch(batch: TokenBatch) -> TokenBatch:
+    """Return the batch: the collate_fn of a `TokenDataset`'s loader, which reads whole batches."""
+    return batch

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,87 +16,60 @@ from tqdm import tqdm
 from common.bit_prior import fit_bit_prior, token_bits
 from common.config import LoopConfig
 from common.files import folder_written_whole
-from common.measuring import machine
 from common.randomness import Stream, generator_for
-from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send
+from common.runtime import pick_dtype, send
 from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, size_of
 from generator.model import ChannelGPT, start_from
-from generator.objective import GeneratorObjective, draw_flips, flops_per_token, position_weights
-from generator.progress import REPORT, Baselines, Progress, draw_sheet, write_report
+from generator.objective import GeneratorObjective, draw_flips, position_weights
+from generator.progress import draw_sheet, evaluation_figures, plot_loss, unigram_nats
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
-from training.distributed import Processes, make_accelerator
-from training.loop import Loop, RunTasks, StepLoss, check_output_dir
-from training.peak import peak_of
-from training.schedule import Part, StepPlan, StepSampler
+from training.schedule import Part, StepSampler, split_batch
+from training.trainer import StepLoss, Trainer
 
 logger = logging.getLogger(__name__)
 PRIOR_BATCH = 512
+EVALUATION_BATCH = 64
+LOSS_PLOT = "loss.png"
 
 
-def train_generator(
-    training: GeneratorTrainingConfig,
-    size: GeneratorConfig,
-    detokenizer: Callable[[torch.device], Callable[[Tensor], Tensor]],
-    command: str,
-) -> None:
-    """Train a generator and write it to training.output_dir.
+class GeneratorTrainer(Trainer):
+    """Trains a generator and writes it to training.output_dir.
 
-    The folder holds tokenizer/ and generator/ (the averaged weights), so `sample.py --model output_dir`
-    draws with it; also checkpoints/, samples/step-NNNNNNNN.png, log.jsonl, and at the end report.md.
+    The folder holds tokenizer/ and generator/ (the averaged weights), so `sample.py --model output_dir` draws with it;
+    also checkpoints/, samples/step-NNNNNNNN.png, log.jsonl, and when the run is complete loss.png.
 
     Args:
         training: settings.
         size: of the transformer; with training.init_from the default, or that model's.
         detokenizer: given a device, the function tokens (b k) -> images (b 3 H W) in [-1, 1] of the store's tokenizer.
-        command: as the user typed it, for the report.
 
     Raises:
         InputError: settings or a store that cannot be used.
     """
-    run = GeneratorRun(training, size, command)
-    if run.accelerator.is_main_process:
-        run.detokenize = detokenizer(run.accelerator.device)
-        begin_folder(Path(training.output_dir), run.store, training.resume, run.loop.step < training.steps)
-    tasks = RunTasks(evaluate=run.evaluate, export=run.export, finish=run.finish, speed=run.speed)
-    run.loop.run(run.batches(), run.loss, tasks)
 
-
-class GeneratorRun:
-    """A training run: its data, model and loop, and what is evaluated and written on the way."""
-
-    detokenize: Callable[[Tensor], Tensor]
-
-    def __init__(self, training: GeneratorTrainingConfig, size: GeneratorConfig, command: str):
-        self.training, self.command = training, command
-        check_output_dir(training)  # before the prior is fitted, which takes minutes
+    def __init__(
+        self,
+        training: GeneratorTrainingConfig,
+        size: GeneratorConfig,
+        detokenizer: Callable[[torch.device], Callable[[Tensor], Tensor]],
+    ):
+        super().__init__(training, compiles=training.compile, can_shard=True)
+        self.training = training
         self.store = TokenStore.open(training.tokens)
-        self.output_dir = Path(training.output_dir)
-        self.accelerator = make_accelerator(training, can_shard=True)
-        device = self.accelerator.device
-        if training.compile:
-            check_can_compile(device)
         self.train_set = TokenDataset(self.store, "train", training.seed)
         self.val_set = TokenDataset(self.store, "val", None)
-        is_main = self.accelerator.is_main_process
-        self.baselines = Baselines.of(self.train_set.counts(), self.val_set.counts()) if is_main else None
         model = self._model(size)
-        self.config = model.config
-        mean_length = (1 + self.config.num_channels) / 2 if training.prefixes else self.config.num_channels
-        self.mean_length, self.flops = mean_length, flops_per_token(model, mean_length)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        identity = {"size": asdict(size_of(self.config)), "store": asdict(self.store.header)}
-        objective = GeneratorObjective(model)
-        if training.compile:
-            objective.compile_blocks()
-        scales = {"generator.prior.": training.prior_learning_rate}
-        self.loop = Loop(objective, training, self.accelerator, identity, rate_scales=scales)
-        self.weights = position_weights(training.position_weighting, self.config.num_channels).to(device)
+        self.model_config = model.config
+        self.weights = position_weights(training.position_weighting, model.config.num_channels).to(self.device)
         self.latest = math.nan
-        self.dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32"
-        self.accelerator.wait_for_everyone()  # so that processes that share a processor measure their share of it
-        self.peak = peak_of(device, self.dtype)
-        self.peak_flops = self.accelerator.reduce(torch.tensor(self.peak.flops, device=device), "sum").item()
+        identity = {"size": asdict(size_of(model.config)), "store": asdict(self.store.header)}
+        scales = {"generator.prior.": training.prior_learning_rate}
+        self.prepare(GeneratorObjective(model), identity, rate_scales=scales)
+        if self.is_main:
+            self.detokenize = detokenizer(self.device)
+            self.unigram = unigram_nats(self.train_set.counts(), self.val_set.counts())
+            self._begin_folder()
 
     def _model(self, size: GeneratorConfig) -> ChannelGPT:
         """A new model with a fitted prior, or the one of init_from."""
@@ -123,43 +95,46 @@ class GeneratorRun:
 
     def _fit_prior(self, model: ChannelGPT) -> None:
         """Fit the linear prior on the main process and send it to the others."""
-        training, device = self.training, self.accelerator.device
-        prior = model.prior.to(device)
-        if self.accelerator.is_main_process:
-            loop = LoopConfig(output_dir="", steps=training.prior_steps, batch_size=PRIOR_BATCH, seed=training.seed)
-            sampler = StepSampler(len(self.train_set), StepPlan(loop, 0, 1), 0)
+        training = self.training
+        prior = model.prior.to(self.device)
+        if self.is_main:
+            config = LoopConfig(output_dir="", steps=training.prior_steps, batch_size=PRIOR_BATCH, seed=training.seed)
+            sampler = StepSampler(len(self.train_set), config, split_batch(config, 0, 1), 0)
             fit_bit_prior(
                 prior,
-                self._prior_batches(DataLoader(self.train_set, batch_sampler=sampler, collate_fn=whole_batch)),
+                self._prior_batches(self._loader(self.train_set, sampler, whole_batch)),
                 steps=training.prior_steps,
                 l2_weight=training.prior_l2_weight,
                 label_dropout=training.label_dropout,
                 seed=training.seed,
             )
-        Processes(self.accelerator).wait()  # for longer than a broadcast does
+        self.any_process(False)  # waits for longer than a broadcast does
         for parameter in prior.parameters():
             broadcast(parameter.data)
         model.to("cpu")
 
     def _prior_batches(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in loader:
-            tokens = batch.tokens.to(self.accelerator.device)
-            yield token_bits(tokens, self.store.header.num_bits), batch.labels.to(self.accelerator.device)
+            yield token_bits(batch.tokens.to(self.device), self.store.header.num_bits), batch.labels.to(self.device)
+
+    def _begin_folder(self) -> None:
+        """Copy the store's tokenizer, and remove the plot of an earlier run."""
+        folder = self.output_dir / "tokenizer"
+        if folder.exists() and not self.training.resume:
+            shutil.rmtree(folder)  # of a run that ended before its first checkpoint, perhaps with another tokenizer
+        if not folder.exists():
+            with folder_written_whole(folder) as temporary:
+                shutil.copytree(self.store.tokenizer_folder, temporary, dirs_exist_ok=True)
+        if self.step < self.training.steps:
+            (self.output_dir / LOSS_PLOT).unlink(missing_ok=True)
 
     def batches(self) -> DataLoader[TokenBatch]:
-        """The micro-batches that are left."""
-        return DataLoader(
-            self.train_set,
-            batch_sampler=self.loop.sampler(len(self.train_set)),
-            num_workers=self.training.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
-            collate_fn=whole_batch,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        """The remaining micro-batches of training."""
+        return self.train_loader(self.train_set, whole_batch)
 
     def loss(self, model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         """Loss of a micro-batch."""
-        training, config, device = self.training, self.config, self.accelerator.device
+        training, config, device = self.training, self.model_config, self.device
         tokens = batch.tokens.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         dropped = send(part.drops(training.label_dropout), device)
@@ -177,82 +152,36 @@ class GeneratorRun:
         loss = weighted + training.prior_l2_weight * penalty
         return StepLoss(terms={"loss": loss, "nats": nats.mean(), "first": nats[:, 0].mean()})
 
-    @torch.no_grad()
     def evaluate(self, averaged: GeneratorObjective, step: int) -> dict[str, Any]:
-        """Validation loss by position, and a picture of samples; in the main process."""
-        assert self.baselines is not None
-        by_position = validation_nats(averaged, self._held_batches(), self.accelerator)
-        figures = self.baselines.beside(by_position)
-        logger.info("step %d: validation %s", step, figures.line())
+        """Validation loss by position, and a picture of samples."""
+        found = []
+        loader = self.held_loader(self.val_set, self.training.validation_images, EVALUATION_BATCH, whole_batch)
+        for batch in tqdm(loader, desc="evaluation", leave=False):
+            with self.accelerator.autocast():
+                found.append(averaged(batch.labels.to(self.device), batch.tokens.to(self.device)).nats)
+        by_position = torch.cat(found).cpu().double().mean(0).tolist()
+        figures = evaluation_figures(by_position, self.unigram, self.store.header.codebook_size)
+        logger.info(
+            "step %d: validation %.3f nats a token, %.3f bits (unigram %.3f, uniform %.3f nats)",
+            step, *(figures[name] for name in ("nats", "bits", "unigram_nats", "uniform_nats")),
+        )  # fmt: skip
         draw_sheet(averaged.generator, self.detokenize, self.output_dir / "samples" / f"step-{step:08d}.png")
-        record = figures.record()
-        self.latest = record["nats"]
-        return record
-
-    def _held_batches(self) -> Any:
-        count = min(self.training.validation_images, len(self.val_set))
-        chosen = [(i * len(self.val_set) // count, 0) for i in range(count)]
-        return DataLoader(
-            self.val_set, batch_sampler=[chosen[i : i + 64] for i in range(0, count, 64)], collate_fn=whole_batch
-        )
+        self.latest = figures["nats"]
+        return figures
 
     def export(self, averaged: GeneratorObjective) -> None:
         """Write generator/, with keep_best only if the validation loss is the lowest so far."""
-        best = min((found["nats"] for found in self.loop.log.evaluations().values()), default=math.inf)
+        best = min((found["nats"] for found in self.log.evaluations().values()), default=math.inf)
         if self.training.keep_best and self.latest >= best:
             logger.info("generator/ keeps the weights with %.4f nats, the lowest so far", best)
             return
         averaged.generator.save_pretrained(self.output_dir / "generator", pick_dtype(self.training.save_dtype))
 
-    def speed(self, images_per_second: float) -> dict[str, float]:
-        """Tokens per second and MFU."""
-        tokens = images_per_second * self.mean_length
-        return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak_flops}
-
     def finish(self) -> None:
-        """Write the report."""
-        assert self.baselines is not None
-        timed = not math.isnan(self.loop.images_per_second)
-        if not timed and (self.output_dir / REPORT).exists():
-            return  # a finished run that was started once more
-        progress = Progress(
-            command=self.command,
-            machine={
-                **machine(self.accelerator.device), "processes": self.accelerator.num_processes, "dtype": self.dtype
-            },
-            speed=self.speed(self.loop.images_per_second) if timed else None,
-            peak=self.peak,
-            flops_per_token=self.flops,
-            parameters=self.parameters,
-            sequences=len(self.train_set),
-            steps=self.training.steps,
-            batch_size=self.training.batch_size,
-            keep_best=self.training.keep_best,
-        )  # fmt: skip
-        write_report(self.output_dir, self.loop.log, self.baselines, progress)
+        """Plot the loss."""
+        plot_loss(self.log, self.output_dir / LOSS_PLOT)
 
 
 def prefix_length(seed: int, step: int, num_channels: int) -> int:
     """How many tokens a step sees, evenly from 1..C; the same in all processes."""
     return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, Stream.PREFIX_LENGTH, step)))
-
-
-def validation_nats(model: GeneratorObjective, batches: Any, accelerator: Any) -> Tensor:
-    """Mean nats of each position, (C,) float64 on the CPU."""
-    found = []
-    for batch in tqdm(batches, desc="evaluation", leave=False):
-        with accelerator.autocast():
-            found.append(model(batch.labels.to(accelerator.device), batch.tokens.to(accelerator.device)).nats)
-    return torch.cat(found).cpu().double().mean(0)
-
-
-def begin_folder(output_dir: Path, store: TokenStore, resume: bool, unfinished: bool) -> None:
-    """Copy the store's tokenizer beside the future model, and remove the report of an earlier run."""
-    folder = output_dir / "tokenizer"
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)  # of a run that ended before its first checkpoint, perhaps with another tokenizer
-    if not folder.exists():
-        with folder_written_whole(folder) as temporary:
-            shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
-    if unfinished:
-        (output_dir / REPORT).unlink(missing_ok=True)

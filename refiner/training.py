@@ -1,4 +1,4 @@
-"""Training of the refiner: photographs and a frozen tokenizer in, a folder for `sample.py` out."""
+"""Training of the refiner: images and a frozen tokenizer in, a folder for `sample.py` out."""
 
 import logging
 import math
@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.randomness import Stream, generator_for, normals
-from common.runtime import check_can_compile, leave_signals_to_the_trainer, pick_dtype, send
+from common.runtime import pick_dtype, send
 from refiner.config import RefinerConfig, RefinerSize, RefinerTrainingConfig, size_of
 from refiner.flow import flow_loss, integrate, scale_table, times
 from refiner.model import Refiner
-from training.distributed import make_accelerator
-from training.loop import Loop, RunTasks, StepLoss, check_output_dir
+from training.images import ImageTrainer, LabelledImages
 from training.schedule import Part
+from training.trainer import StepLoss
 
 logger = logging.getLogger(__name__)
 SCALE_IMAGES = 256  # images that the scales of the residual are measured on
@@ -54,30 +53,8 @@ class Codec:
     continue_tokens: Continue | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Photographs:
-    """Data of a run: `train` and `val` give (image, label) by (index, epoch); `collate` makes a batch of them.
-
-    A batch has images (b 3 H W) uint8 and labels (b,); `note` is called with each one, to report unreadable files.
-    """
-
-    name: str
-    fingerprint: str
-    class_names: list[str]
-    train: Dataset[Any]
-    val: Dataset[Any]
-    collate: Callable[[Any], Any]
-    note: Callable[[Any], None]
-
-
-def train_refiner(
-    training: RefinerTrainingConfig,
-    size: RefinerSize,
-    photographs: Photographs,
-    codec_on: Callable[[torch.device], Codec],
-    identity: dict[str, Any],
-) -> None:
-    """Train a refiner and write it to training.output_dir.
+class RefinerTrainer(ImageTrainer):
+    """Trains a refiner and writes it to training.output_dir.
 
     The folder holds refiner/ (the averaged weights; copy it into a model folder to draw with it), checkpoints/,
     refined/step-NNNNNNNN.png and log.jsonl.
@@ -85,47 +62,35 @@ def train_refiner(
     Args:
         training: settings.
         size: of the network; with training.init_from the default, or that refiner's.
-        photographs: the data.
+        images: the data.
         codec_on: the tokenizer on a device.
-        identity: what else must not change when a run is resumed, JSON values.
+        identity: further values that must not change when a run is resumed, JSON values.
 
     Raises:
         InputError: settings or data that cannot be used.
     """
-    run = RefinerRun(training, size, photographs, codec_on, identity)
-    run.loop.run(run.batches(), run.loss, RunTasks(evaluate=run.evaluate, export=run.export))
-
-
-class RefinerRun:
-    """A training run: its data, model and loop, and what is evaluated and written on the way."""
 
     def __init__(
         self,
         training: RefinerTrainingConfig,
         size: RefinerSize,
-        photographs: Photographs,
+        images: LabelledImages,
         codec_on: Callable[[torch.device], Codec],
         identity: dict[str, Any],
     ):
-        check_output_dir(training)
-        self.training, self.photographs = training, photographs
-        self.accelerator = make_accelerator(training)
-        self.device = self.accelerator.device
+        super().__init__(training, compiles=training.compile)
+        self.training, self.images = training, images
         self.codec = codec_on(self.device)
-        self.output_dir = Path(training.output_dir)
-        self.held = list(self._held_batches())
-        if not self.held:
-            raise InputError(f"no validation image of {photographs.name} can be read")
+        self.held = list(self.held_batches(training.validation_images, EVALUATION_BATCH))
         model = self._model(size)
-        self.config = model.config
-        self.scales = scale_table(self.config).to(self.device)
-        if training.compile:
-            check_can_compile(self.device)
-            model.compile()
+        self.model_config = model.config
+        self.scales = scale_table(model.config).to(self.device)
         identity = identity | {
-            "model": asdict(self.config), "images": photographs.fingerprint, "tokenizer_weights": self.codec.fingerprint
-        }  # fmt: skip
-        self.loop = Loop(model, training, self.accelerator, identity)
+            "model": asdict(model.config),
+            "images": images.train.source.fingerprint(),
+            "tokenizer_weights": self.codec.fingerprint,
+        }
+        self.prepare(model, identity)
 
     def _model(self, size: RefinerSize) -> Refiner:
         """A new model, or the one of init_from."""
@@ -134,7 +99,7 @@ class RefinerRun:
             **asdict(size),
             image_size=codec.image_size,
             num_channels=codec.num_channels,
-            class_names=self.photographs.class_names,
+            class_names=self.images.class_names,
             tokenizer_fingerprint=codec.fingerprint,
             scale_lengths=codec.lengths,
             scales=self._measured_scales(),
@@ -158,111 +123,63 @@ class RefinerRun:
         nn.Module.to(model, memory_format=torch.channels_last)
         return model
 
+    @torch.no_grad()
     def _measured_scales(self) -> list[float]:
-        """Root mean square of photograph - decoded image at each of codec.lengths."""
+        """Root mean square of image - decoded image at each of codec.lengths."""
         images = torch.cat([batch.images for batch in self.held])[:SCALE_IMAGES]
         found = []
         for k in self.codec.lengths:
             squares = [
-                (to_float(part) - self._decoded(part, torch.full((len(part),), k)).cpu()).square().mean((1, 2, 3))
+                (to_float(part) - self._decoded(self._tokens(part), k).cpu()).square().mean((1, 2, 3))
                 for part in images.split(EVALUATION_BATCH)
             ]
             found.append(max(round(torch.cat(squares).mean().sqrt().item(), 3), 0.001))
         return found
 
-    @torch.no_grad()
-    def _decoded(self, images: Tensor, num_tokens: Tensor) -> Tensor:
-        """Images (b 3 H W) uint8 decoded from their first k tokens, in [-1, 1], on the device."""
-        tokens = self.codec.tokenize(to_float(images.to(self.device)))
-        return to_float(self.codec.decode(tokens, num_tokens))
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self.codec.tokenize(to_float(images.to(self.device)))
 
-    def _held_batches(self) -> Any:
-        """Validation images, spread evenly over the classes, the same ones every time."""
-        val: Any = self.photographs.val
-        count = min(len(val), self.training.validation_images)
-        chosen = [(i * len(val) // count, 0) for i in range(count)]
-        batches = DataLoader(
-            val,
-            batch_sampler=[chosen[i : i + EVALUATION_BATCH] for i in range(0, count, EVALUATION_BATCH)],
-            collate_fn=self.photographs.collate,
-        )
-        for batch in batches:
-            self.photographs.note(batch)
-            if len(batch.images):
-                yield batch
-
-    def batches(self) -> DataLoader[Any]:
-        """The micro-batches that are left."""
-        train: Any = self.photographs.train
-        return DataLoader(
-            train,
-            batch_sampler=self.loop.sampler(len(train)),
-            num_workers=self.training.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
-            collate_fn=self.photographs.collate,
-            pin_memory=self.device.type == "cuda",
-        )
+    def _decoded(self, tokens: Tensor, k: int) -> Tensor:
+        """Images (b 3 H W) in [-1, 1], decoded from the first k tokens of each."""
+        return to_float(self.codec.decode(tokens, torch.full((len(tokens),), k)))
 
     def loss(self, model: nn.Module, batch: Any, part: Part) -> StepLoss:
         """Loss of a micro-batch."""
-        self.photographs.note(batch)
-        if not len(batch.images):
-            raise InputError(f"no image of {self.photographs.name} can be read; see the lines above")
-        images = to_float(batch.images.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
-        num_tokens = draw_lengths(part, self.codec.num_channels)
+        training, codec = self.training, self.codec
+        images, labels = self.to_device(batch)
+        num_tokens = draw_lengths(part, codec.num_channels)
         with torch.no_grad():
-            tokens = self.codec.tokenize(images)
-            tokens = self._with_errors(tokens, num_tokens, batch.labels, part)
-            decoded = to_float(self.codec.decode(tokens, num_tokens))
-        dropped = send(part.drops(self.training.label_dropout), self.device)
-        labels = torch.where(dropped, self.config.null_label, labels)
-        # the loop has seeded torch for this micro-batch
+            tokens = codec.tokenize(images)
+            if training.bit_flips:
+                tokens = tokens ^ send(draw_flips(part, codec, training.bit_flips), self.device)
+            if codec.continue_tokens is not None:
+                tokens = continue_some(
+                    tokens, num_tokens, batch.labels, part, training.continued_share, codec.continue_tokens
+                )
+            decoded = to_float(codec.decode(tokens, num_tokens))
+        dropped = send(part.drops(training.label_dropout), self.device)
+        labels = torch.where(dropped, self.model_config.null_label, labels)
+        # the trainer has seeded torch for this micro-batch
         noise = torch.randn_like(images)
         time = draw_times(torch.randn(len(images), device=self.device))
         losses = flow_loss(model, images, decoded, send(num_tokens, self.device), labels, self.scales, noise, time)
         return StepLoss(terms={"loss": losses.mean()})
 
-    def _with_errors(self, tokens: Tensor, num_tokens: Tensor, labels: Tensor, part: Part) -> Tensor:
-        """Tokens (b C) of photographs with what a generator gets wrong: flipped bits, and tokens that it has drawn."""
-        training, codec = self.training, self.codec
-        if training.bit_flips:
-            tokens = tokens ^ send(draw_flips(part, codec, training.bit_flips), self.device)
-        if codec.continue_tokens is None:
-            return tokens
-        rng = part.rng(Stream.CONTINUED)
-        uniform = torch.rand(part.batch_size, 2, generator=rng)[list(part.rows)]
-        kept = (num_tokens * (0.5 + 0.5 * uniform[:, 1])).ceil().long()
-        rows = ((uniform[:, 0] < training.continued_share) & (kept < num_tokens)).nonzero()[:, 0]
-        if not len(rows):
-            return tokens
-        first = part.step * part.batch_size
-        seeds = [first + part.rows[row] for row in rows.tolist()]
-        drawn = codec.continue_tokens(
-            tokens[rows.to(tokens.device)], kept[rows].tolist(), num_tokens[rows].tolist(), labels[rows].tolist(), seeds
-        )
-        tokens = tokens.clone()
-        tokens[rows.to(tokens.device), : drawn.shape[1]] = drawn.to(tokens)
-        return tokens
-
-    @torch.no_grad()
     def evaluate(self, averaged: Refiner, step: int) -> dict[str, Any]:
-        """Validation loss at each of codec.lengths, and a picture; in the main process."""
+        """Validation loss at each of codec.lengths, and a picture."""
         found: dict[int, list[Tensor]] = {k: [] for k in self.codec.lengths}
         seen = 0
         for batch in tqdm(self.held, desc="evaluation", leave=False):
             rng = generator_for(seen, Stream.STEP)
-            noise = torch.randn(batch.images.shape, generator=rng)
-            time = draw_times(torch.randn(len(noise), generator=rng))
-            tokens = self.codec.tokenize(to_float(batch.images.to(self.device)))
+            noise = torch.randn(batch.images.shape, generator=rng).to(self.device)
+            time = draw_times(torch.randn(len(noise), generator=rng)).to(self.device)
+            images, labels = to_float(batch.images.to(self.device)), batch.labels.to(self.device)
+            tokens = self._tokens(batch.images)
             for k, losses in found.items():
-                num_tokens = torch.full((len(noise),), k)
-                decoded = to_float(self.codec.decode(tokens, num_tokens))
+                num_tokens = torch.full((len(noise),), k, device=self.device)
+                decoded = self._decoded(tokens, k)
                 with self.accelerator.autocast():
-                    loss = flow_loss(
-                        averaged, to_float(batch.images.to(self.device)), decoded, num_tokens.to(self.device),
-                        batch.labels.to(self.device), self.scales, noise.to(self.device), time.to(self.device),
-                    )  # fmt: skip
+                    loss = flow_loss(averaged, images, decoded, num_tokens, labels, self.scales, noise, time)
                 losses.append(loss.cpu())
             seen += len(noise)
         figures = {f"loss_k{k}": round(torch.cat(losses).mean().item(), 4) for k, losses in found.items()}
@@ -272,20 +189,18 @@ class RefinerRun:
         return figures
 
     def _draw_sheet(self, averaged: Refiner, path: Path) -> None:
-        """A row for each photograph: decoded and refined at some k, the photograph last."""
+        """Write a picture: a row for each of a few images, decoded and refined at some k, the photograph last."""
         images = torch.cat([batch.images for batch in self.held])
         labels = torch.cat([batch.labels for batch in self.held])
         rows = [i * len(images) // SHEET_ROWS for i in range(min(SHEET_ROWS, len(images)))]
         images, labels = images[rows], labels[rows].to(self.device)
         noise = normals(range(len(images)), *images.shape[1:]).to(self.device)
+        tokens = self._tokens(images)
         columns, names = [], []
         for k in self.codec.lengths[1::2]:
-            num_tokens = torch.full((len(images),), k)
-            decoded = self._decoded(images, num_tokens)
+            num_tokens, decoded = torch.full((len(images),), k, device=self.device), self._decoded(tokens, k)
             with self.accelerator.autocast():
-                refined = integrate(
-                    averaged, decoded, num_tokens.to(self.device), labels, noise, times(SHEET_STEPS), 1.0, self.scales
-                )
+                refined = integrate(averaged, decoded, num_tokens, labels, noise, times(SHEET_STEPS), 1.0, self.scales)
             columns += [to_uint8(decoded), to_uint8(refined)]
             names += [f"k={k}", "refined"]
         table = [[to_pil(image) for image in row] for row in zip(*columns, images, strict=True)]
@@ -315,3 +230,29 @@ def draw_flips(part: Part, codec: Codec, most: float) -> Tensor:
     flips = (torch.rand(shape, generator=rng) < share)[list(part.rows)]
     weights = 2 ** torch.arange(codec.num_bits)
     return (flips * weights).sum(-1)
+
+
+def continue_some(
+    tokens: Tensor, num_tokens: Tensor, labels: Tensor, part: Part, share: float, continue_tokens: Continue
+) -> Tensor:
+    """Replace the last tokens of some images by tokens that a generator draws.
+
+    Args:
+        tokens: (b C) of images.
+        num_tokens: (b,) how many of them are used, on the CPU.
+        labels: (b,) classes, on the CPU.
+        part: the rows of the micro-batch.
+        share: of images, at most; of those with one token used none is changed.
+        continue_tokens: see `Codec`; keeps half of the tokens used or more.
+    """
+    uniform = torch.rand(part.batch_size, 2, generator=part.rng(Stream.CONTINUED))[list(part.rows)]
+    kept = (num_tokens * (0.5 + 0.5 * uniform[:, 1])).ceil().long()
+    rows = ((uniform[:, 0] < share) & (kept < num_tokens)).nonzero()[:, 0]
+    if not len(rows):
+        return tokens
+    seeds = [part.step * part.batch_size + part.rows[row] for row in rows.tolist()]
+    there = rows.to(tokens.device)
+    drawn = continue_tokens(tokens[there], kept[rows].tolist(), num_tokens[rows].tolist(), labels[rows].tolist(), seeds)
+    tokens = tokens.clone()
+    tokens[there, : drawn.shape[1]] = drawn.to(tokens)
+    return tokens

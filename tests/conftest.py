@@ -1,14 +1,7 @@
-"""Small models, pictures, a token store, and a fast way to run scripts: shared by all tests."""
+"""Small models, images, a token store and the runner of scripts: shared by all tests."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +10,7 @@ import pytest
 import torch
 from measurement import words
 from PIL import Image
+from runner import REPO, Finished, ScriptRunner
 from torch import nn
 from torchvision.models import vgg16
 
@@ -30,8 +24,8 @@ from generator.model import ChannelGPT
 from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer, TokenizerConfig
 
+__all__ = ["REPO", "Finished", "ScriptRunner"]
 torch.set_num_threads(1)  # tiny models gain nothing from a second one, and would wait for it on a busy machine
-REPO = Path(__file__).resolve().parents[1]
 CLASS_NAMES = [
     "goldfish, Carassius auratus",
     "tench, Tinca tinca",
@@ -39,195 +33,6 @@ CLASS_NAMES = [
     "hen",
     "ostrich, Struthio camelus",
 ]
-
-# Importing torch and transformers takes longer than what most script tests do. So one process imports
-# them once and forks for each run; the fork runs the script's file as __main__, as a user's shell would.
-# It answers each line at once, {"runs": [...]} with the pids, {"pids": [...]} with an exit code or null for
-# each, so that it can be asked for other things while a script runs; what still runs at its end is killed.
-FORK_SERVER = """
-import json, os, runpy, signal, sys, traceback
-import accelerate, torchvision, torch_fidelity
-import evaluation.fid.measure, generator.session, evaluation.speed.report, generator.training, tokenizer.extraction
-
-running, ended = set(), {}
-
-def reap(number, frame):
-    try:
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            ended[found[0]] = os.waitstatus_to_exitcode(found[1])
-    except ChildProcessError:
-        pass
-
-def run(job):
-    for number, path in ((1, job["out"]), (2, job["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(job["cwd"])
-    os.environ.update(job["environment"])
-    sys.argv = [job["script"], *job["arguments"]]
-    exec(job["before"], {})
-    runpy.run_path(job["script"], run_name="__main__")
-
-def fork(job):
-    pid = os.fork()
-    if pid:
-        running.add(pid)
-        return pid
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    code = 0
-    try:
-        run(job)
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-signal.signal(signal.SIGCHLD, reap)
-for line in sys.stdin:
-    question = json.loads(line)
-    if "runs" in question:
-        answer = [fork(job) for job in question["runs"]]
-    else:
-        answer = [ended.pop(pid) if pid in ended else None for pid in question["pids"]]
-        running -= {pid for pid, code in zip(question["pids"], answer) if code is not None}
-    print(json.dumps(answer), flush=True)
-for pid in running - ended.keys():
-    os.kill(pid, signal.SIGKILL)
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What a script's run left: its exit code (negative: the signal that ended it) and what it wrote.
-
-    Of several processes, the first code that is not 0, and their output one after the other.
-    """
-
-    code: int
-    out: str
-    err: str
-
-
-class Running:
-    """A script that runs in one process or several; `pids` are theirs, by rank."""
-
-    def __init__(self, pids: list[int], outputs: list[tuple[Path, Path]], ask: Callable[[object], list[Any]]):
-        self.pids = pids
-        self._outputs, self._ask = outputs, ask
-        self._codes: dict[int, int] = {}
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to each process that has not ended."""
-        self.poll()
-        for pid in self.pids:
-            if pid not in self._codes:
-                os.kill(pid, number)
-
-    def poll(self) -> Finished | None:
-        """What the run left, or None while one of its processes is still at work."""
-        missing = [pid for pid in self.pids if pid not in self._codes]
-        found = self._ask({"pids": missing}) if missing else []
-        self._codes |= {pid: code for pid, code in zip(missing, found, strict=True) if code is not None}
-        if len(self._codes) < len(self.pids):
-            return None
-        out, err = ("".join(path.read_text() for path in paths) for paths in zip(*self._outputs, strict=True))
-        return Finished(code=next((c for pid in self.pids if (c := self._codes[pid])), 0), out=out, err=err)
-
-    def wait(self, seconds: float = 600) -> Finished:
-        """What the run left, at its end; a run that takes longer than this is killed, and the test fails."""
-        end = time.monotonic() + seconds
-        while (finished := self.poll()) is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise TimeoutError("\n".join(err.read_text() for _, err in self._outputs))
-            time.sleep(0.003)
-        return finished
-
-
-class ScriptRunner:
-    """Runs scripts of the repository, each in a fresh fork of one process that has the imports done."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self._server: subprocess.Popen[str] | None = None
-        self._runs = 0
-
-    def command(self, script: str, arguments: Sequence[object]) -> list[str]:
-        """The words a user would type, for tests that want a process of their own."""
-        return [sys.executable, str(REPO / script), *map(str, arguments)]
-
-    def __call__(
-        self, script: str, *arguments: object, processes: int = 1, before: str = "", cwd: Path | None = None
-    ) -> Finished:
-        """Run a script to its end, as `start` does."""
-        return self.start(script, *arguments, processes=processes, before=before, cwd=cwd).wait()
-
-    def start(
-        self, script: str, *arguments: object, processes: int = 1, before: str = "", cwd: Path | None = None
-    ) -> Running:
-        """Start a script; several processes find each other on the CPU as those of torchrun do.
-
-        `before` is Python code that each process executes first.
-        """
-        self._runs += 1
-        outputs = [
-            (self.folder / f"{self._runs}-{rank}.out", self.folder / f"{self._runs}-{rank}.err")
-            for rank in range(processes)
-        ]
-        job = {
-            "script": str(REPO / script),
-            "arguments": [str(argument) for argument in arguments],
-            "before": before,
-            "cwd": str(cwd or self.folder),
-        }
-        environments: list[dict[str, str]] = [{}]
-        if processes > 1:
-            together = {
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free_port()),
-                "ACCELERATE_USE_CPU": "true",
-            }
-            environments = [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        runs = [
-            job | {"environment": environment, "out": str(out), "err": str(err)}
-            for environment, (out, err) in zip(environments, outputs, strict=True)
-        ]
-        return Running(self._ask({"runs": runs}), outputs, self._ask)
-
-    def _ask(self, question: object) -> list[Any]:
-        if self._server is None:
-            self._server = subprocess.Popen(
-                [sys.executable, "-c", FORK_SERVER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self.environment,
-                cwd=self.folder,
-                text=True,
-            )
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(question) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
-        assert answer, "the fork server ended"
-        return list(json.loads(answer))
-
-    def close(self) -> None:
-        """End the server, and with it what still runs."""
-        if self._server is not None:
-            self._server.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

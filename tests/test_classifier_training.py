@@ -27,13 +27,13 @@ FLAGS = [
 # SIGKILL some steps after the first checkpoint
 KILL_IN_STEP = """
 import os, signal
-from training import loop as training
-step = training.Loop._step
+from training.trainer import Trainer
+step = Trainer._step
 def killed(self, *arguments):
     if self.step == 17:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-training.Loop._step = killed
+Trainer._step = killed
 """
 
 

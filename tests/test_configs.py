@@ -27,7 +27,7 @@ from page.config import PageConfig
 from tokenizer import ChannelTokenizer
 from tokenizer.published import published_config, rename_published_keys
 from tokenizer.settings import DataConfig, ExtractionConfig, VerificationConfig
-from training.schedule import StepPlan
+from training.schedule import split_batch
 
 REPO = Path(__file__).resolve().parents[1]
 NEEDED = ["--data_dir", "photos", "--output_dir", "run"]
@@ -101,7 +101,7 @@ def test_the_generators_of_the_table_have_the_sizes_and_the_paper_s_recipe(name,
     if name in paper:
         assert (training.learning_rate, training.position_weighting) == paper[name]
     for world_size in (1, 2, 4, 8, 16):
-        StepPlan(training, 0, world_size)
+        split_batch(training, 0, world_size)
     with torch.device("meta"):
         assert f"{sum(p.numel() for p in ChannelGPT(random_config(name)).parameters()):,}" == count
     with pytest.raises(InputError, match=f"size is {name}"):

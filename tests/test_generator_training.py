@@ -13,12 +13,10 @@ import pytest
 import torch
 from conftest import CLASS_NAMES, ScriptRunner
 from oracles.sampling import bits_of
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import generator.progress
 from common.bit_prior import BitPrior, fit_bit_prior
 from common.config import LoopConfig
 from common.errors import InputError
@@ -27,12 +25,11 @@ from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from generator.model import ChannelGPT
 from generator.objective import GeneratorLoss, GeneratorObjective
 from generator.pipeline import ChannelTokPipeline
-from generator.progress import draw_sheet
 from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
-from generator.training import train_generator
+from generator.training import GeneratorTrainer
 from tokenizer import ChannelTokenizer
-from training.schedule import StepPlan, StepSampler
+from training.schedule import Part, StepSampler, split_batch
 
 C, BITS = 16, 6
 SIZE = GeneratorConfig(num_layers=2, num_heads=2, hidden_size=32, intermediate_size=64)
@@ -40,26 +37,15 @@ SIZE = GeneratorConfig(num_layers=2, num_heads=2, hidden_size=32, intermediate_s
 
 def settings(store: Path, output_dir: Path, **changes: object) -> GeneratorTrainingConfig:
     values = {
-        "tokens": str(store),
-        "output_dir": str(output_dir),
-        "steps": 10,
-        "batch_size": 32,
-        "learning_rate": 1e-2,
-        "warmup_steps": 10,
-        "weight_decay": 0.0,
-        "ema_decay": 0.9,
-        "mixed_precision": "no",
-        "num_workers": 0,
+        "tokens": str(store), "output_dir": str(output_dir), "steps": 10, "batch_size": 32, "learning_rate": 1e-2,
+        "warmup_steps": 10, "weight_decay": 0.0, "ema_decay": 0.9, "mixed_precision": "no", "num_workers": 0,
         "prior_steps": 0,
-    }
+    }  # fmt: skip
     return GeneratorTrainingConfig(**(values | changes))
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------- a whole run
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +54,7 @@ def trained(token_store: Path, tmp_path_factory: pytest.TempPathFactory, tiny_to
     folder = tmp_path_factory.mktemp("trained") / "run"
     run = settings(token_store, folder, steps=150, batch_size=64, label_dropout=0.05, checkpoint_every=150)
     size = dataclasses.replace(SIZE, hidden_size=64, intermediate_size=128)
-    train_generator(run, size, lambda device: tiny_tokenizer.detokenize, "train_ar.py --tokens store")
+    GeneratorTrainer(run, size, lambda device: tiny_tokenizer.detokenize).run()
     return folder
 
 
@@ -102,7 +88,7 @@ def test_the_prior_is_fitted_before_the_first_step_and_trained_at_its_own_rate(
     run = settings(
         token_store, tmp_path, steps=1, warmup_steps=0, prior_steps=20, prior_learning_rate=scale, label_dropout=0.3
     )
-    train_generator(run, SIZE, lambda device: tiny_tokenizer.detokenize, "")
+    GeneratorTrainer(run, SIZE, lambda device: tiny_tokenizer.detokenize).run()
     shards = [TokenStore.open(token_store).read_shard("train", shard) for shard in (0, 1)]
     tokens, labels = (np.concatenate(parts) for parts in zip(*shards, strict=True))
     bits = torch.tensor([[bits_of(token, BITS) for token in row] for row in tokens[:, 0].tolist()])
@@ -125,25 +111,6 @@ def test_the_prior_is_fitted_before_the_first_step_and_trained_at_its_own_rate(
         assert change == pytest.approx(0.01 * scale, rel=1e-3, abs=1e-6), name
 
 
-def test_pictures_of_an_evaluation_show_each_class_once(
-    tiny_generator: ChannelGPT, tiny_tokenizer: ChannelTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captions: list[list[str]] = []
-    real = generator.progress.captioned_table
-
-    def spy(rows: Any, row_labels: list[str], column_labels: list[str]) -> Image.Image:
-        captions[:] = [list(row_labels), list(column_labels)]
-        return real(rows, row_labels, column_labels)
-
-    monkeypatch.setattr(generator.progress, "captioned_table", spy)
-    path = tmp_path / "samples" / "sheet.png"
-    draw_sheet(tiny_generator, tiny_tokenizer.detokenize, path)
-    with Image.open(path) as picture:
-        picture.verify()
-    assert captions[0] == [name.split(",")[0][:20] for name in CLASS_NAMES]
-    assert captions[1] == ["k=4", "k=16"]
-
-
 @pytest.mark.parametrize(("dropped", "flipped"), [(0.0, 0.0), (0.3, 0.4)])
 def test_labels_are_dropped_and_bits_flipped_in_training_only(
     token_store: Path,
@@ -162,7 +129,7 @@ def test_labels_are_dropped_and_bits_flipped_in_training_only(
 
     monkeypatch.setattr(GeneratorObjective, "forward", spy)
     run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=dropped, bit_flips=flipped)
-    train_generator(run, SIZE, lambda device: tiny_tokenizer.detokenize, "")
+    GeneratorTrainer(run, SIZE, lambda device: tiny_tokenizer.detokenize).run()
     batches = [labels for training, labels, _ in calls if training]
     labels = torch.cat(batches)
     assert len(labels) == 2560
@@ -183,52 +150,34 @@ def test_labels_are_dropped_and_bits_flipped_in_training_only(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"label_dropout": 1.0}, "label_dropout"),
-        ({"label_dropout": -0.1}, "label_dropout"),
         ({"label_dropout": math.nan}, "label_dropout"),
-        ({"dropout": 1.0}, "dropout"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
         ({"bit_flips": 0.6}, "bit_flips"),
-        ({"prior_steps": -1}, "prior_steps"),
-        ({"prior_learning_rate": -0.1}, "prior_learning_rate"),
         ({"prior_l2_weight": math.inf}, "prior_l2_weight"),
-        ({"validation_images": 0}, "validation_images"),
         ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"beta2": 1.0}, "beta2"),
         ({"ema_decay": -0.1}, "ema_decay"),
         ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, object], named: str) -> None:
-    with pytest.raises(InputError, match=named) as caught:
+    with pytest.raises(InputError, match=named):
         settings(Path("store"), Path("run"), **change)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"num_layers": 0}, "num_layers"),
         ({"num_heads": 5}, "num_heads"),
-        ({"hidden_size": 0}, "hidden_size"),
         ({"num_heads": 32}, "hidden_size"),
         ({"rope_theta": 1.0}, "rope_theta"),
-        ({"num_channels": 0}, "num_channels is 0"),
         ({"num_bits": 17}, "num_bits 17"),
         ({"class_names": []}, "class_names 0"),
     ],
 )
 def test_bad_sizes_are_refused(tiny_generator: ChannelGPT, change: dict[str, Any], named: str) -> None:
-    with pytest.raises(InputError, match=named) as caught:
+    with pytest.raises(InputError, match=named):
         dataclasses.replace(tiny_generator.config, **change)
-    assert "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------- save and load
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,17 +198,14 @@ def test_loaded_weights_are_those_saved(tiny_generator: ChannelGPT, tmp_path: Pa
         assert torch.equal(loaded(labels, bits), tiny_generator(labels, bits))
 
 
-# ------------------------------------------------------------------------------------- order of the data
-
-
 def order(
     rank: int, world_size: int, *, first_step: int = 0, length: int = 10, seed: int = 4, micro: int | None = None
 ) -> list[list[tuple[int, int]]]:
     config = LoopConfig(output_dir="unused", steps=9, batch_size=4, seed=seed, micro_batch_size=micro)
-    plan = StepPlan(config, rank, world_size)
-    sampler = StepSampler(length, plan, first_step)
+    rows = split_batch(config, rank, world_size)
+    sampler = StepSampler(length, config, rows, first_step)
     batches = list(sampler)
-    parts = len(plan.parts(0))
+    parts = len(rows)
     assert len(sampler) == len(batches) == (9 - first_step) * parts
     return [[entry for part in batches[i : i + parts] for entry in part] for i in range(0, len(batches), parts)]
 
@@ -290,18 +236,16 @@ def test_batches_that_do_not_divide_are_refused() -> None:
 def test_random_numbers_of_a_row_depend_on_its_place_in_the_step_only() -> None:
     config = LoopConfig(output_dir="unused", steps=9, batch_size=12, seed=4)
 
-    def drawn(step: int, world_size: int, micro: int | None) -> dict[int, float]:
+    def drawn(step: int, world_size: int, micro: int | None) -> dict[int, bool]:
         found = {}
         for rank in range(world_size):
-            plan = StepPlan(dataclasses.replace(config, micro_batch_size=micro), rank, world_size)
-            for part in plan.parts(step):
-                values = torch.rand(part.batch_size, generator=part.rng())
-                found |= {row: values[row].item() for row in part.rows}
+            for rows in split_batch(dataclasses.replace(config, micro_batch_size=micro), rank, world_size):
+                part = Part(seed=4, step=step, rows=rows, batch_size=12)
+                found |= dict(zip(rows, part.drops(0.5).tolist(), strict=True))
         return found
 
     whole = drawn(3, 1, None)
     assert sorted(whole) == list(range(12))
-    assert len(set(whole.values())) == 12
     for world_size, micro in ((1, 4), (1, 1), (2, None), (3, 2), (4, 1)):
         assert drawn(3, world_size, micro) == whole
     assert drawn(4, 1, None) != whole
@@ -313,7 +257,7 @@ def test_a_resumed_loader_continues_within_the_epoch(token_store: Path) -> None:
     config = LoopConfig(output_dir="unused", steps=20, batch_size=12, seed=4)  # 64 sequences: epochs end within steps
 
     def seen(first_step: int, workers: int) -> list[list[int]]:
-        sampler = StepSampler(len(dataset), StepPlan(config, 0, 1), first_step)
+        sampler = StepSampler(len(dataset), config, split_batch(config, 0, 1), first_step)
         torch.manual_seed(first_step)  # a resumed process has another state
         loader: Any = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=whole_batch)
         return [batch.tokens[:, 0].tolist() for batch in loader]  # the first token identifies a sequence
@@ -328,16 +272,14 @@ def test_a_resumed_loader_continues_within_the_epoch(token_store: Path) -> None:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-# ------------------------------------------------------------------------------------- killed and resumed
-
 KILLED_BETWEEN = """
-import os, signal, training.loop
-real = training.loop.learning_rate_at
+import os, signal, training.trainer
+real = training.trainer.learning_rate_at
 def rate(step, config):
     if step == 13:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(step, config)
-training.loop.learning_rate_at = rate
+training.trainer.learning_rate_at = rate
 """
 KILLED_WRITING = """
 import os, signal, common.checkpoint
@@ -401,11 +343,15 @@ def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
     assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
 
 
+@pytest.mark.parametrize("line", ["", '{"step": 9, "learning_ra'])
 def test_killed_and_resumed_is_the_unbroken_run(
-    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path, line: str
 ) -> None:
+    """Also where the kill cut a line of the log short."""
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(line)
     done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
     assert done.code == 0, done.err
     assert "resumed at step 8" in done.err
@@ -420,18 +366,6 @@ def test_killed_while_writing_and_resumed_is_the_unbroken_run(
     before = KILLED_WRITING.format(name=name)
     assert scripts("train_ar.py", *words(token_store, folder), before=before).code == -9
     ChannelGPT.from_pretrained(folder / "generator")  # of the first evaluation, complete
-    done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
-    assert done.code == 0, done.err
-    same_run(folder, unbroken)
-
-
-def test_a_half_written_log_line_does_not_stop_a_resume(
-    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(killed, folder)
-    with (folder / "log.jsonl").open("a") as file:
-        file.write('{"step": 9, "learning_ra')
     done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
     assert done.code == 0, done.err
     same_run(folder, unbroken)

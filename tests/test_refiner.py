@@ -29,7 +29,7 @@ from generator.pipeline import ChannelTokPipeline
 from refiner.config import RefinerConfig
 from refiner.flow import ImageRefiner, flow_loss, integrate, scale_table, times
 from refiner.model import Refiner
-from refiner.training import Codec, RefinerRun, draw_lengths
+from refiner.training import continue_some, draw_flips, draw_lengths
 from tokenizer import ChannelTokenizer, PictureDecoder
 from training.schedule import Part
 
@@ -257,24 +257,15 @@ def test_tokens_have_the_errors_of_a_generator() -> None:
             drawn[row, :given] = tokens[row, :given]
         return drawn
 
-    codec = Codec(
-        fingerprint="x", image_size=SIZE, num_channels=C, num_bits=6, lengths=[1, C], tokenize=torch.zeros_like,
-        decode=lambda tokens, lengths: tokens, continue_tokens=continue_tokens,
-    )  # fmt: skip
-    training: Any = SimpleNamespace(bit_flips=0.2, continued_share=0.5)
     part = Part(seed=0, step=3, rows=range(0, 2 * count, 2), batch_size=2 * count)
     lengths, labels = draw_lengths(part, C), torch.zeros(count, dtype=torch.long)
     assert (lengths == 1).float().mean().item() == pytest.approx(math.log(2) / math.log(C + 1), abs=0.07)
-    run: Any = SimpleNamespace(
-        training=training, codec=replace(codec, continue_tokens=None), device=torch.device("cpu")
-    )
-    clean = torch.zeros(count, C, dtype=torch.long)
-    flipped = RefinerRun._with_errors(run, clean, lengths, labels, part)
-    shares = token_bits(flipped, 6).add(1).div(2).mean((1, 2))
+    codec: Any = SimpleNamespace(num_channels=C, num_bits=6)
+    shares = token_bits(draw_flips(part, codec, 0.2), 6).add(1).div(2).mean((1, 2))
     assert shares.mean().item() == pytest.approx(0.1, abs=0.01)
     assert shares.std() > 0.04, "each image has a probability of its own"
-    run.codec, training.bit_flips = codec, 0
-    found = RefinerRun._with_errors(run, clean, lengths, labels, part) == generated
+    clean = torch.zeros(count, C, dtype=torch.long)
+    found = continue_some(clean, lengths, labels, part, 0.5, continue_tokens) == generated
     positions = torch.arange(C)
     assert not found[positions < (lengths[:, None] / 2).ceil()].any()
     assert found.any(1)[lengths > 4].float().mean().item() == pytest.approx(0.5, abs=0.12)

@@ -17,13 +17,13 @@ FLAGS = [
 # SIGKILL between two steps, or with a checkpoint half written
 KILL_IN_STEP = """
 import os, signal
-from training import loop as training
-step = training.Loop._step
+from training.trainer import Trainer
+step = Trainer._step
 def killed(self, *arguments):
     if self.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-training.Loop._step = killed
+Trainer._step = killed
 """
 KILL_IN_CHECKPOINT = """
 import os, signal
@@ -95,12 +95,6 @@ def test_a_run_writes_model_checkpoints_pictures_and_log(unbroken):
     assert {"l1", "token_entropy", "codebook_entropy", "commitment"} <= reported[-1].keys()
 
 
-@pytest.mark.parametrize("flags", [("--ema-decay", 0), ("--seed", 4)])
-def test_average_and_seed_change_the_model(train, unbroken, tmp_path, flags):
-    assert train(tmp_path / "run", *flags).code == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() != (unbroken / "model.safetensors").read_bytes()
-
-
 def resume(train, folder, unbroken, *flags):
     """Resume a run from step 4, and compare its files with those of an unbroken one."""
     whole = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
@@ -130,17 +124,10 @@ def halted(train, tmp_path):
     return folder
 
 
-def test_a_run_killed_in_a_step_and_in_a_line_of_the_log_is_resumed_likewise(train, halted, unbroken):
-    with (halted / "log.jsonl").open("a") as file:
-        file.write('{"step": 5, "learning_ra')
-    resume(train, halted, unbroken)
-
-
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     [("--weight-decay", 0.001, "weight_decay"), ("--seed", 4, "seed"), ("--num-bits", 5, "model.num_bits"),
-     ("--l2-weight", 2, "loss.l2_weight"), ("--rate-weight", 0.1, "rate.rate_weight"),
-     ("--mask-probability", 0.25, "tail_drop.mask_probability")],
+     ("--rate-weight", 0.1, "rate.rate_weight")],
 )  # fmt: skip
 def test_a_resume_with_other_settings_is_refused(train, unbroken, flag, value, named):
     before = everything(unbroken)
@@ -175,31 +162,20 @@ def test_a_missing_or_damaged_checkpoint_is_refused(train, halted, tmp_path):
     assert str(weights) in mistake(train(halted, "--resume"))
 
 
-@pytest.mark.parametrize("missing", ["", "train", "val"])
-def test_a_missing_folder_is_refused(train, data, tmp_path, missing):
-    if missing:
-        shutil.copytree(data, tmp_path / "data")
-        shutil.rmtree(tmp_path / "data" / missing)
-    line = mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
-    assert str(tmp_path / "data" / (missing or "train")) in line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("split", "content"), [("train", None), ("val", "notes.txt")])
-def test_an_empty_class_folder_is_refused(train, data, tmp_path, split, content):
+def test_an_empty_class_and_a_missing_folder_are_refused(train, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / split / "empty").mkdir()
-    if content:
-        (tmp_path / "data" / split / "empty" / content).write_text("no picture")
+    (tmp_path / "data" / "train" / "empty").mkdir()
     assert "empty" in mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
+    (tmp_path / "data" / "train" / "empty").rmdir()
+    shutil.rmtree(tmp_path / "data" / "val")
+    assert str(tmp_path / "data" / "val") in mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
-    [("--steps", 0, "steps"), ("--learning-rate", -1, "learning_rate"), ("--ema-decay", 1, "ema_decay"),
-     ("--num-bits", 17, "num_bits"), ("--mask-probability", 2, "mask_probability"), ("--l1-weight", 0, "l1_weight"),
-     ("--validation-images", 0, "validation_images"), ("--learning-rat", 1, "--learning-rate")],
+    [("--steps", 0, "steps"), ("--num-bits", 17, "num_bits"), ("--mask-probability", 2, "mask_probability"),
+     ("--l1-weight", 0, "l1_weight"), ("--learning-rat", 1, "--learning-rate")],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_refused(train, tmp_path, flag, value, named):
     assert named in mistake(train(tmp_path / "out", flag, value))

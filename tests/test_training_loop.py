@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 from torch import nn
 
-from tokenizer import ChannelTokenizer
 from training.model_state import make_optimizer
 
 MODEL = [
@@ -131,14 +130,6 @@ def test_the_prior_is_trained_logged_and_checkpointed_with_a_rate_term(train, ev
     assert not figures & curve(tmp_path / "without")[-1].keys()
 
 
-def test_the_discriminator_changes_the_model_and_is_not_in_its_folder(train, everything, tmp_path):
-    assert train(tmp_path / "alone").code == 0
-    alone, against = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", everything))
-    assert alone.keys() == against.keys()
-    assert any((alone[name] != against[name]).any() for name in alone)
-    ChannelTokenizer.from_pretrained(everything)
-
-
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, everything, tmp_path, seed):
     rng, folder, kills = random.Random(seed), tmp_path / "run", 0
@@ -168,13 +159,13 @@ def test_sigkill_from_outside_at_random_times_leaves_no_trace(scripts, data, eve
 
 KILL_AT_STEP_4 = """
 import os, signal
-from training import loop as training
-step = training.Loop._step
+from training.trainer import Trainer
+step = Trainer._step
 def killed(self, *arguments):
     if self.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *arguments)
-training.Loop._step = killed
+Trainer._step = killed
 """
 
 
@@ -199,13 +190,10 @@ def test_a_run_restarted_before_its_first_checkpoint_has_a_new_log(train, tmp_pa
     assert [record["step"] for record in curve(tmp_path / "run")] == [2, 4, 6]
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "named"), [("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"), ("RANK", "0", "")]
-)
-def test_a_launcher_s_settings_are_not_silently_ignored(train, tmp_path, variable, value, named):
-    done = train(tmp_path / "run", "--steps", 1, before=f"import os; os.environ[{variable!r}] = {value!r}")
-    assert done.code == (2 if named else 0), done.err
-    assert named in done.err
+def test_dynamo_of_a_launcher_is_refused(train, tmp_path):
+    done = train(tmp_path / "run", before="import os; os.environ['ACCELERATE_DYNAMO_BACKEND'] = 'INDUCTOR'")
+    assert done.code == 2, done.err
+    assert "--compile" in done.err
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("lpips", "vgg_weights"), ("features", "classifier")])
@@ -282,7 +270,6 @@ def test_tensorboard_gets_the_figures_of_the_log(train, tmp_path):
     ("flags", "named"),
     [
         (("--trackers", "tensorbord"), "tensorboard"),
-        (("--trackers", "comet_ml"), "not installed"),
         (("--micro-batch-size", 3), "micro_batch_size 3"),
         (("--micro-batch-size", 0), "micro_batch_size"),
         (("--gan-weight", 0.1), "gan_layers"),

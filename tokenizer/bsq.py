@@ -90,7 +90,7 @@ def quantization_losses(
         inverse_temperature: sharpness of the assignment.
         group_bits: most bits in a group, 1..16.
         sum_over_processes: tensor -> its sum over all training processes, whose gradients are averaged
-            afterwards (`training.loop.Loop.sum_over_processes`); for one process the tensor itself.
+            afterwards (`training.trainer.Trainer.sum_over_processes`); for one process the tensor itself.
     """
     num_bits = vectors.shape[-1]
     with torch.autocast(vectors.device.type, enabled=False):

@@ -14,9 +14,9 @@ from tokenizer.rate import RateTerm, bit_flips
 from tokenizer.settings import GanConfig, TailDropConfig, TokenizerLossConfig
 from tokenizer.tail_drop import draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
-from training.loop import Loop, StepLoss
 from training.model_state import AuxiliaryModel, call_frozen
 from training.schedule import Part
+from training.trainer import StepLoss, Trainer
 
 DISCRIMINATOR, PRIOR = "discriminator", "prior"  # names of the auxiliary models in checkpoints and logs
 DISCRIMINATOR_BETAS = (0.5, 0.9)  # as Esser et al. (arXiv 2012.09841)
@@ -66,9 +66,11 @@ class TokenizerObjective:
             models[PRIOR] = self.rate_term.auxiliary_model()
         return models
 
-    def __call__(self, loop: Loop, model: nn.Module, images: Tensor, class_labels: Tensor, part: Part) -> StepLoss:
+    def __call__(
+        self, trainer: Trainer, model: nn.Module, images: Tensor, class_labels: Tensor, part: Part
+    ) -> StepLoss:
         """Losses of images (b 3 H W) in [-1, 1] with labels (b,), rows `part.rows` of the step's batch."""
-        bare: ChannelTokenizer = loop.main.bare
+        bare: ChannelTokenizer = trainer.main.bare
         channels, bits = bare.config.num_channels, bare.config.num_bits
         lengths = draw_num_tokens(part.batch_size, channels, self.tail_drop, part.rng())
         keep = send(prefix_mask(lengths[list(part.rows)], channels), images.device)
@@ -76,10 +78,10 @@ class TokenizerObjective:
         if self.bit_noise > 0:
             flips = bit_flips(channels, bits, self.bit_noise, part, images.device)
         output = model(images, keep, flips)
-        terms = tokenizer_loss(output, images, keep, self.loss, self.perceptual, loop.sum_over_processes)
+        terms = tokenizer_loss(output, images, keep, self.loss, self.perceptual, trainer.sum_over_processes)
         losses: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {}
-        if DISCRIMINATOR in loop.auxiliary and part.step >= self.gan.gan_start_step:
-            terms |= self._adversarial(loop, terms, output.images)
+        if DISCRIMINATOR in trainer.auxiliary and part.step >= self.gan.gan_start_step:
+            terms |= self._adversarial(trainer, terms, output.images)
             losses[DISCRIMINATOR] = partial(discriminator_loss, images=images, reconstructed=output.images)
         if self.rate_term is not None:
             rate, losses[PRIOR] = self.rate_term.losses(output.vectors, keep, class_labels, part)
@@ -87,12 +89,12 @@ class TokenizerObjective:
             terms["loss"] = terms["loss"] + rate["rate"]
         return StepLoss(terms=terms, auxiliary=losses)
 
-    def _adversarial(self, loop: Loop, terms: dict[str, Tensor], reconstructed: Tensor) -> dict[str, Tensor]:
+    def _adversarial(self, trainer: Trainer, terms: dict[str, Tensor], reconstructed: Tensor) -> dict[str, Tensor]:
         """Terms with the adversarial loss added; reconstructed images (b 3 H W)."""
-        adversarial = -call_frozen(loop.auxiliary[DISCRIMINATOR].bare, reconstructed).float().mean()
+        adversarial = -call_frozen(trainer.auxiliary[DISCRIMINATOR].bare, reconstructed).float().mean()
         weight = torch.full((), self.gan.gan_weight, device=reconstructed.device)
         if self.gan.gan_weighting == "adaptive":
-            last_layer = loop.main.bare.decoder.last_layer.weight
+            last_layer = trainer.main.bare.decoder.last_layer.weight
             gradients = last_layer_gradients(terms["reconstruction"], adversarial, last_layer)
-            weight = weight * gradient_ratio(*map(loop.mean_over_processes, gradients))
+            weight = weight * gradient_ratio(*map(trainer.mean_over_processes, gradients))
         return {"loss": terms["loss"] + weight * adversarial, "adversarial": adversarial, "gan_weight": weight}

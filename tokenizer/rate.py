@@ -59,7 +59,7 @@ class RateTerm:
         self.prior = BitPrior(num_channels, num_bits, num_classes)
 
     def auxiliary_model(self) -> AuxiliaryModel:
-        """The prior, for `training.loop.Loop`."""
+        """The prior, for `training.trainer.Trainer`."""
         learning_rate = self.config.prior_learning_rate
         return AuxiliaryModel(model=self.prior, learning_rate=learning_rate, betas=PRIOR_BETAS, follows_schedule=True)
 

@@ -1,4 +1,4 @@
-"""Training the tokenizer: images in, a folder with the averaged model out."""
+"""Training of the tokenizer: images in, a folder with the averaged model out."""
 
 import copy
 import logging
@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common.errors import InputError
+from common.files import read_json
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
-from common.runtime import check_can_compile, leave_signals_to_the_trainer, move, pick_dtype
+from common.runtime import move, pick_dtype
 from tokenizer.config import TokenizerConfig, evaluation_lengths
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.metrics import psnr_by_length
@@ -30,9 +29,9 @@ from tokenizer.settings import (
 )
 from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
-from training.distributed import make_accelerator
-from training.loop import Loop, RunTasks, StepLoss
+from training.images import ImageTrainer, LabelledImages
 from training.schedule import Part
+from training.trainer import StepLoss
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8
@@ -78,17 +77,45 @@ def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path
     save_png(captioned_table(rows, column_labels=[f"k={k}" for k in lengths] + ["original"]), path)
 
 
-def train_tokenizer(
-    training: TokenizerTrainingConfig,
+def open_images(
     data: DataConfig,
     augmentation: AugmentationConfig,
-    model_config: TokenizerConfig,
-    loss_config: TokenizerLossConfig,
-    tail_drop: TailDropConfig,
-    gan: GanConfig,
-    rate: RateConfig,
-) -> None:
-    """Train a `ChannelTokenizer` and write it to training.output_dir.
+    image_size: int,
+    *,
+    seed: int,
+    strict: bool,
+    names_file: str | None = None,
+    same_classes: bool = True,
+) -> LabelledImages:
+    """Open train and val of a data set for a trainer.
+
+    Args:
+        data: where the images are.
+        augmentation: of the training images.
+        image_size: pixels of a side.
+        seed: of the augmentation.
+        strict: refuse unreadable images instead of skipping them.
+        names_file: JSON file, class folder -> name for people.
+        same_classes: refuse splits with different classes.
+
+    Raises:
+        InputError: data that cannot be used.
+    """
+    train, val = open_source(data, "train"), open_source(data, "val")
+    if same_classes:
+        check_same_classes(train, val)
+    names = read_json(names_file) if names_file else {}
+    return LabelledImages(
+        train=ImageDataset(train, image_size, augmentation=augmentation, seed=seed, replace_unreadable=True),
+        val=ImageDataset(val, image_size, augmentation=None, seed=seed, replace_unreadable=False),
+        class_names=[str(names.get(name, name)) for name in train.classes],
+        collate=collate,
+        unreadable=UnreadableFiles(strict),
+    )
+
+
+class TokenizerTrainer(ImageTrainer):
+    """Trains a `ChannelTokenizer` and writes it to training.output_dir.
 
     The folder holds the averaged model (`ChannelTokenizer.from_pretrained(output_dir)`), checkpoints/,
     reconstructions/step-NNNNNNNN.png and log.jsonl.
@@ -96,14 +123,6 @@ def train_tokenizer(
     Raises:
         InputError: settings or data that cannot be used; nothing is written then.
     """
-    run = TokenizerRun(training, data, augmentation, model_config, loss_config, tail_drop, gan, rate)
-    run.loop.run(run.batches(), run.loss, RunTasks(evaluate=run.evaluate, export=run.export))
-    if run.unreadable.names:
-        logger.warning("%d unreadable images were skipped, see above", len(run.unreadable.names))
-
-
-class TokenizerRun:
-    """A training run: its data, model and loop, and what is evaluated and written on the way."""
 
     def __init__(
         self,
@@ -116,39 +135,35 @@ class TokenizerRun:
         gan: GanConfig,
         rate: RateConfig,
     ):
-        self.training, self.augmentation = training, augmentation
-        self.train_source, self.val_source = open_source(data, "train"), open_source(data, "val")
-        self.accelerator = make_accelerator(training)
-        self.device = self.accelerator.device
-        self.unreadable = UnreadableFiles(training.strict)
+        super().__init__(training, compiles=training.compile)
+        self.training = training
         model = self._model(model_config, rate)
-        self.config = model.config
-        gan.check_image_size(self.config.image_size)
+        self.model_config = model.config
+        gan.check_image_size(model.config.image_size)
+        self.images = open_images(
+            data, augmentation, model.config.image_size,
+            seed=training.seed, strict=training.strict, same_classes=rate.has_rate,
+        )  # fmt: skip
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         nn.Module.to(model, memory_format=self.memory_format)
         self.rate_term: RateTerm | None = None
         if rate.has_rate:
-            check_same_classes(self.train_source, self.val_source)
-            classes = len(self.train_source.classes)
-            self.rate_term = RateTerm(rate, self.config.num_channels, self.config.num_bits, classes)
+            classes = len(self.images.class_names)
+            self.rate_term = RateTerm(rate, model.config.num_channels, model.config.num_bits, classes)
         self.objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, self.rate_term, self.device)
-        if training.compile:
-            check_can_compile(self.device)
-            if gan.gan_weighting == "adaptive":
-                # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
-                torch._functorch.config.donated_buffer = False  # noqa: SLF001
-            model.compile()
+        if training.compile and gan.gan_weighting == "adaptive":
+            # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
+            torch._functorch.config.donated_buffer = False  # noqa: SLF001
         identity = {
-            "model": asdict(self.config),
+            "model": asdict(model.config),
             "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
             "tail_drop": asdict(tail_drop),
             "gan": asdict(gan),
             "rate": asdict(rate),
             "augmentation": asdict(augmentation),
-            "images": self.train_source.fingerprint(),
+            "images": self.images.train.source.fingerprint(),
         }
-        auxiliary = self.objective.auxiliary_models(self.memory_format)
-        self.loop = Loop(model, training, self.accelerator, identity, auxiliary)
+        self.prepare(model, identity, self.objective.auxiliary_models(self.memory_format))
 
     def _model(self, config: TokenizerConfig, rate: RateConfig) -> ChannelTokenizer:
         """A new model, or the one of init_from."""
@@ -161,62 +176,29 @@ class TokenizerRun:
         model.reader.requires_grad_(not training.frozen_encoder)
         return model
 
-    def _loader(self, images: ImageDataset, batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_sampler=batches,
-            num_workers=self.training.num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def batches(self) -> DataLoader[Any]:
-        """The micro-batches that are left."""
-        images = ImageDataset(
-            self.train_source, self.config.image_size,
-            augmentation=self.augmentation, seed=self.training.seed, replace_unreadable=True,
-        )  # fmt: skip
-        return self._loader(images, self.loop.sampler(len(images)))
-
     def loss(self, model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
-        """Loss of a micro-batch."""
-        self.unreadable.note(batch)
-        if not len(batch.images):
-            raise InputError(f"no image of {self.train_source.name} can be read; see the lines above")
-        images = to_float(batch.images.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
-        return self.objective(self.loop, model, images.contiguous(memory_format=self.memory_format), labels, part)
+        """Losses of a micro-batch."""
+        images, labels = self.to_device(batch)
+        return self.objective(self, model, images.contiguous(memory_format=self.memory_format), labels, part)
 
     def evaluate(self, averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
-        """PSNR and rate on validation images, and a picture; in the main process."""
-        held = ImageDataset(
-            self.val_source, self.config.image_size,
-            augmentation=None, seed=self.training.seed, replace_unreadable=False,
-        )  # fmt: skip
-        # spread evenly over the classes, the same ones every time
-        chosen = [(index, 0) for index in spread(len(held), self.training.validation_images)]
-        pictured = set(spread(len(chosen), PICTURE_ROWS))
-        parts = [chosen[i : i + EVALUATION_BATCH] for i in range(0, len(chosen), EVALUATION_BATCH)]
-        lengths = evaluation_lengths(self.config.num_channels)
+        """PSNR and rate on validation images, and a picture."""
+        count = min(self.training.validation_images, len(self.images.val))
+        pictured = spread(count, PICTURE_ROWS)
+        lengths = evaluation_lengths(self.model_config.num_channels)
         found: dict[int, list[Tensor]] = {k: [] for k in lengths}
         nats: list[Tensor] = []
         shown: list[Tensor] = []
-        seen = damaged = 0
-        for batch in tqdm(self._loader(held, parts), desc="evaluation", leave=False):
-            self.unreadable.note(batch)
-            damaged += len(batch.unreadable)
+        seen = 0
+        for batch in self.held_batches(count, EVALUATION_BATCH):
             shown += [image for place, image in enumerate(batch.images, seen) if place in pictured]
             seen += len(batch.images)
-            if len(batch.images):
-                tokens = averaged.tokenize(to_float(batch.images.to(averaged.device)))
-                for k, values in psnr_by_length(averaged, tokens, batch.images, lengths).items():
-                    found[k].append(values)
-                if self.rate_term is not None:
-                    nats.append(self.rate_term.nats(tokens, batch.labels))
-        if not seen:
-            raise InputError(f"no image of {self.val_source.name} can be read; see the lines above")
-        picture = Path(self.training.output_dir) / "reconstructions" / f"step-{step:08d}.png"
+            tokens = averaged.tokenize(to_float(batch.images.to(self.device)))
+            for k, values in psnr_by_length(averaged, tokens, batch.images, lengths).items():
+                found[k].append(values)
+            if self.rate_term is not None:
+                nats.append(self.rate_term.nats(tokens, batch.labels))
+        picture = self.output_dir / "reconstructions" / f"step-{step:08d}.png"
         reconstruction_sheet(averaged, torch.stack(shown), picture)
         figures = {f"psnr_k{k}": round(torch.cat(values).mean().item(), 3) for k, values in found.items()}
         logger.info("step %d: PSNR by k, dB: %s", step, "  ".join(f"{k[6:]}: {v:.2f}" for k, v in figures.items()))
@@ -225,8 +207,8 @@ class TokenizerRun:
             totals = rates["nats_per_token"], rates["bits_per_image"]
             logger.info("step %d: %.3f nats per token, %.0f bits per image", step, *totals)
             figures |= rates
-        return {**figures, "unreadable": damaged}
+        return {**figures, "unreadable": count - seen}
 
     def export(self, averaged: ChannelTokenizer) -> None:
         """Write the averaged model."""
-        averaged.save_pretrained(self.training.output_dir, pick_dtype(self.training.save_dtype))
+        averaged.save_pretrained(self.output_dir, pick_dtype(self.training.save_dtype))

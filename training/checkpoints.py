@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are complete or absent, of which the newest few are kept."""
+"""Checkpoints of a run, folders that are complete or absent, and its log."""
 
 import json
 import re
@@ -12,6 +12,14 @@ from common.checkpoint import load_tensors, save_tensors
 from common.errors import InputError
 from common.files import folder_written_whole, read_json, write_text
 
+# settings that a resumed run may change; with other `steps` the schedule is the new one from there on
+MAY_CHANGE = frozenset(
+    {"steps", "output_dir", "resume", "num_workers", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+    | {"data_dir", "tokens", "tokenizer", "class_names", "strict", "compile", "validation_images", "trackers"}
+    | {"gradient_checkpointing", "micro_batch_size", "save_dtype", "init_from"}
+    | {"learning_rate", "min_learning_rate", "max_grad_norm"}  # to continue a run whose loss became NaN
+)
+
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """{"model": {"num_bits": 4}} -> {"model.num_bits": 4}, so that a message can name the one that differs."""
@@ -22,7 +30,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The folders checkpoints/step-NNNNNNNN of a run; each is complete or absent."""
+    """The folders checkpoints/step-NNNNNNNN of a run, of which the newest `keep` stay."""
 
     def __init__(self, output_dir: str | Path, keep: int):
         self.folder = Path(output_dir) / "checkpoints"
@@ -40,11 +48,15 @@ class Checkpoints:
         for partial in self.folder.glob(".step-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
         for old in self.all()[: -self.keep]:
-            # out of sight first: a kill while its files go must not leave a part under the name of a whole
+            # renamed first: a kill while its files are removed must not leave an incomplete checkpoint
             shutil.rmtree(old.rename(self.folder / f".{old.name}.partial"))
 
     def load(self, settings: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
-        """The newest state; its settings must be those of this run."""
+        """Step and tensors of the newest checkpoint.
+
+        Raises:
+            InputError: there is none, it is damaged, or its settings differ from these.
+        """
         found = self.all()
         if not found:
             raise InputError(f"nothing to resume in {self.folder}; omit --resume to start a new run")
@@ -62,3 +74,32 @@ class Checkpoints:
                     "resume with the same settings or choose another output_dir"
                 )
         return record["step"], load_tensors(found[-1] / "training.safetensors")
+
+
+class RunLog:
+    """log.jsonl: lines {"step": n, "loss": ...} of training and {"step": n, "evaluation": {...}} of evaluations."""
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / "log.jsonl"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All complete lines; the last one may have been cut short by a kill or a full disk."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """The figures of all evaluations, by step."""
+        return {record["step"]: record["evaluation"] for record in self.records() if "evaluation" in record}
+
+    def cut(self, step: int) -> None:
+        """Remove the records after a step, from which the run continues; 0 removes all."""
+        if self.path.is_file():
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records() if r["step"] <= step))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.distributed import copy_into, own_part, whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside the number of its steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides the number of its steps
 State = Iterator[tuple[str, Tensor]]
 
 
@@ -37,11 +38,7 @@ def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
 
 
 def make_optimizer(
-    model: nn.Module,
-    rate: float,
-    betas: tuple[float, float],
-    decay: float,
-    rate_scales: Mapping[str, float],
+    model: nn.Module, rate: float, betas: tuple[float, float], decay: float, rate_scales: Mapping[str, float]
 ) -> torch.optim.AdamW:
     """AdamW, fused; weight decay on matrices only.
 
@@ -67,22 +64,24 @@ class ModelState:
     """A model with its optimizer, and the names under which a checkpoint keeps them.
 
     Args:
-        prefix: before every name.
-        model: what accelerate has wrapped around the module.
-        bare: the module itself.
-        optimizer: as accelerate gives it.
+        prefix: of every name.
+        model: `self.bare`; `self.model` is what accelerate wraps around it.
+        optimizer: of all its parameters.
+        accelerator: from `make_accelerator`.
     """
 
-    def __init__(self, prefix: str, model: nn.Module, bare: Any, optimizer: Any):
-        self.prefix, self.model, self.bare, self.optimizer = prefix, model, bare, optimizer
+    def __init__(self, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator):
+        self.prefix = prefix
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.bare: Any = accelerator.unwrap_model(self.model)
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of all parameters, scaled where the optimizer was made so."""
+        """Set the learning rate of all parameters, times the scale of their group."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
 
     def state(self) -> State:
-        """Weights and the optimizer's state, as a checkpoint keeps them; sharded ones as they are."""
+        """Weights and the optimizer's state, by name; sharded ones as they are."""
         for name, parameter in self.bare.named_parameters():
             yield f"{self.prefix}model.{name}", parameter
             # there is no state yet where the optimizer has not made a step
@@ -90,13 +89,12 @@ class ModelState:
                 yield f"{self.prefix}optimizer.{name}.{key}", value
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
+        """Load a state."""
         for name, parameter in self.bare.named_parameters():
             copy_into(parameter, state[f"{self.prefix}model.{name}"])
-            # fused AdamW keeps all of its state beside the parameter
             stem = f"{self.prefix}optimizer.{name}."
             if f"{stem}step" in state:
-                # the moments must lie in memory as the parameter does: fused AdamW walks through all of them at once
+                # fused AdamW needs moments with the parameter's memory layout
                 moments = {key: torch.empty_like(parameter) for key in MOMENTS}
                 for key, value in moments.items():
                     copy_into(value, state[stem + key])
@@ -104,33 +102,31 @@ class ModelState:
 
 
 class EMA:
-    """The exponential moving average of a model's weights.
-
-    Where the weights are sharded so is the average, and `model` gets it when it is asked for.
+    """The exponential moving average of a model's weights; sharded if these are.
 
     Args:
-        averaged: a copy of the model for the averaged weights, in the main process at least; None elsewhere.
+        averaged: a copy of the model for the averaged weights; None where nothing is evaluated.
         bare: the model under training.
         decay: the average's own share of itself at every update; 0 = always the last weights.
+        sharded: keep the average apart from `averaged`, which `model` fills.
     """
 
     def __init__(self, averaged: nn.Module | None, bare: nn.Module, decay: float, *, sharded: bool):
         self.averaged, self.decay, self.sharded = averaged, decay, sharded
         self.updates = 0
-        current = dict(bare.named_parameters())
+        self._parameters = dict(bare.named_parameters())
+        self.device = own_part(next(iter(self._parameters.values()))).device
         if averaged is not None:
             averaged.requires_grad_(False).eval()
-        if not sharded and averaged is not None:
-            device = next(iter(current.values())).device
-            self.weights: dict[str, Tensor] = dict(averaged.to(device).named_parameters())
+        if sharded or averaged is None:
+            self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         else:
-            self.weights = {name: parameter.detach().clone() for name, parameter in current.items()}
-        self._parameters = current
+            self.weights = dict(averaged.to(self.device).named_parameters())
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the model's weights."""
-        # a young average follows quickly, so that early evaluations show the model and not its start
+        # a young average follows quickly, so that early evaluations do not show the initial weights
         count = self.updates
         share = 1.0 if count == 0 else 1 - min(self.decay, (1 + count) / (10 + count))
         weights = [own_part(self.weights[name]) for name in self._parameters]
@@ -139,35 +135,27 @@ class EMA:
 
     @torch.no_grad()
     def model(self) -> Any:
-        """The averaged model, to evaluate and export, on the device; all processes must call.
-
-        None in processes without a copy.
-        """
-        if not self.sharded:
-            return self.averaged
-        places: dict[str, Tensor] = {}
-        if self.averaged is not None:
-            device = own_part(next(iter(self.weights.values()))).device
-            places = dict(self.averaged.to(device).named_parameters())
-        for name, value in self.weights.items():
-            full = whole(value)
-            if places:
-                places[name].copy_(full)
+        """The averaged model, on the device; all processes must call. None in processes without a copy."""
+        if self.sharded:
+            places = {} if self.averaged is None else dict(self.averaged.to(self.device).named_parameters())
+            for name, value in self.weights.items():
+                full = whole(value)
+                if places:
+                    places[name].copy_(full)
         return self.averaged
 
     def release(self) -> None:
-        """Give back the device memory that `model` took."""
+        """Free the device memory that `model` took."""
         if self.sharded and self.averaged is not None:
             self.averaged.to("cpu")
 
     def state(self) -> State:
-        """The average, as a checkpoint keeps it."""
-        for name, value in self.weights.items():
-            yield f"ema.{name}", value
+        """The average, by name."""
+        yield from ((f"ema.{name}", value) for name, value in self.weights.items())
         yield "ema_updates", torch.tensor(self.updates)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take it back."""
+        """Load a state."""
         for name, value in self.weights.items():
             copy_into(value, state[f"ema.{name}"])
         self.updates = int(state["ema_updates"])

@@ -1,15 +1,15 @@
-"""What happens at which step of a run: settings, schedule, data order, draws.
+"""What happens at which step of a run: learning rate, data order, random draws.
 
-Everything random is a function of (seed, step), and the data order one of (seed, epoch), so a run that is
-killed and resumed, or that is spread over more processes, goes through the same numbers as one that is not;
-no state of any random generator is kept.
+Everything random is a function of (seed, step), and the data order one of (seed, epoch), so a run that is killed and
+resumed, or spread over more processes, sees the same numbers; no state of a random generator is kept.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -32,10 +32,10 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One micro-batch of a step: which rows of the step's whole batch this process has before it.
+    """One micro-batch of a step: the rows of the step's whole batch that this process has in it.
 
-    What is random about a row is drawn for the whole batch and the rows are picked from it, so that it
-    depends on neither the number of processes nor the size of a micro-batch.
+    Random numbers are drawn for the whole batch and `rows` picked from them, so that they depend on neither the number
+    of processes nor the size of a micro-batch.
     """
 
     seed: int
@@ -52,59 +52,51 @@ class Part:
         return generator_for(self.seed, stream, self.step)
 
 
-class StepPlan:
-    """How a step's batch is shared: process r of n takes each n-th row from r on, in micro-batches.
+def split_batch(config: LoopConfig, rank: int, world_size: int) -> list[range]:
+    """Rows of each micro-batch of a process: every `world_size`-th row of the step's batch, from `rank` on.
 
     Raises:
         InputError: a batch that does not divide among the processes, or their shares into micro-batches.
     """
-
-    def __init__(self, config: LoopConfig, rank: int, world_size: int):
-        share, rest = divmod(config.batch_size, world_size)
-        if rest:
-            raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
-        micro = min(config.micro_batch_size or share, share)
-        if share % micro:
-            raise InputError(
-                f"micro_batch_size {micro} does not divide the {share} images of a process "
-                f"(batch_size {config.batch_size}, {world_size} processes)"
-            )
-        rows = range(rank, config.batch_size, world_size)
-        self.config = config
-        self.shares = [rows[start : start + micro] for start in range(0, share, micro)]
-
-    def parts(self, step: int) -> list[Part]:
-        """This process's micro-batches of a step."""
-        seed, size = self.config.seed, self.config.batch_size
-        return [Part(seed=seed, step=step, rows=rows, batch_size=size) for rows in self.shares]
+    share, rest = divmod(config.batch_size, world_size)
+    if rest:
+        raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        raise InputError(
+            f"micro_batch_size {micro} does not divide the {share} images of a process "
+            f"(batch_size {config.batch_size}, {world_size} processes)"
+        )
+    rows = range(rank, config.batch_size, world_size)
+    return [rows[start : start + micro] for start in range(0, share, micro)]
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """This process's micro-batches of all steps to come, as lists of (index, epoch).
+    """This process's micro-batches of all remaining steps, as lists of (index, epoch).
 
-    The stream of all epochs' permutations is cut into steps of `batch_size` rows. So the order depends on
-    (seed, epoch, position) only: not on the number of processes, and not on where a run was resumed.
+    The permutations of all epochs, one after the other, are cut into steps of `batch_size` rows. So the order depends
+    on (seed, epoch, position) only: not on the number of processes, nor on the step at which a run was resumed.
+
+    Args:
+        length: entries of the data set.
+        config: the shared settings.
+        parts: rows of each micro-batch, from `split_batch`.
+        first_step: where to begin.
     """
 
-    def __init__(self, length: int, plan: StepPlan, first_step: int):
-        self.length, self.plan, self.first_step = length, plan, first_step
+    def __init__(self, length: int, config: LoopConfig, parts: list[range], first_step: int):
+        self.length, self.config, self.parts, self.first_step = length, config, parts, first_step
 
     def __len__(self) -> int:
-        return (self.plan.config.steps - self.first_step) * len(self.plan.shares)
+        return (self.config.steps - self.first_step) * len(self.parts)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        config = self.plan.config
-        shares = [np.asarray(rows, dtype=np.int64) for rows in self.plan.shares]
-        current, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.first_step, config.steps):
-            for rows in shares:
-                epochs, offsets = np.divmod(step * config.batch_size + rows, self.length)
-                indices = np.empty_like(offsets)
-                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-                    if epoch != current:
-                        current = epoch
-                        rng = generator_for(config.seed, Stream.ORDER, epoch)
-                        order = torch.randperm(self.length, generator=rng).numpy()
-                    there = epochs == epoch
-                    indices[there] = order[offsets[there]]
-                yield list(zip(indices.tolist(), epochs.tolist(), strict=True))
+        @lru_cache(maxsize=2)  # a step may span two epochs
+        def order(epoch: int) -> Any:
+            rng = generator_for(self.config.seed, Stream.ORDER, epoch)
+            return torch.randperm(self.length, generator=rng).numpy()
+
+        for step in range(self.first_step, self.config.steps):
+            for rows in self.parts:
+                places = [divmod(step * self.config.batch_size + row, self.length) for row in rows]
+                yield [(int(order(epoch)[offset]), epoch) for epoch, offset in places]

@@ -31,6 +31,6 @@ srun bash -c 'exec accelerate launch \
     --tokens runs/tokens --output-dir "$RUN" $RESUME' || true
 
 # not finished, but further than when this job began: queue it again
-if [ ! -f "$RUN/report.md" ] && [ -n "$(find "$RUN/checkpoints" -newer "$STARTED" -name training.json)" ]; then
+if [ ! -f "$RUN/loss.png" ] && [ -n "$(find "$RUN/checkpoints" -newer "$STARTED" -name training.json)" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
