@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from common import cli
-from common.config import ClassifierConfig
 from evaluation.fid.config import FidConfig
 from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.speed.config import SpeedConfig
 from generator.config import SamplingConfig
-from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
+from tokenizer.settings import AugmentationConfig, ClassifierConfig, ClassifierTrainingConfig, DataConfig
 
 # modules that load torch are imported in functions, so that --help and mistakes are answered at once
 SamplingFlags = cli.unset(SamplingConfig, "default: the model's own for the largest k")

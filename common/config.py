@@ -14,7 +14,6 @@ from common.errors import InputError
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-GROUPS = 8  # of the classifier's GroupNorms
 
 
 def setting(
@@ -214,24 +213,6 @@ class ModelTrainingConfig(LoopConfig):
     save_dtype: Dtype = setting("float32", "number format of the exported weights")
     validation_images: int = setting(2000, "held-out images that an evaluation uses", ge=1)
     compile: bool = setting(False, "compile the network with torch.compile")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(Config):
-    """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
-
-    classifier_size: int = setting(64, "pixels of a side that images are resized to", ge=1, le=2**13)
-    widths: list[int] = setting([32, 64, 128, 256], "channels of each block; the last are features", ge=1, le=2**14)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        smallest = 2 ** len(self.widths)
-        if not self.widths or any(width % GROUPS for width in self.widths):
-            raise InputError(f"widths is {self.widths}; give one or more multiples of {GROUPS}")
-        if self.classifier_size % smallest:
-            raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
-        if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
-            raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
 
 
 @dataclass(frozen=True)

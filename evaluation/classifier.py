@@ -1,4 +1,4 @@
-"""Train the small classifier of `common.classifier` on images with classes."""
+"""Train the small classifier of `tokenizer.classifier` on images with classes."""
 
 import logging
 from dataclasses import asdict
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.classifier import PictureClassifier
-from common.config import ClassifierConfig
 from common.images import to_float
+from tokenizer.classifier import PictureClassifier
 from tokenizer.data import ImageBatch
-from tokenizer.settings import AugmentationConfig, ClassifierTrainingConfig, DataConfig
+from tokenizer.settings import AugmentationConfig, ClassifierConfig, ClassifierTrainingConfig, DataConfig
 from tokenizer.training import open_images
 from training.images import ImageTrainer
 from training.schedule import Part

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import as_torch_file, fingerprint, load_foreign_state
-from common.classifier import PictureClassifier
 from common.errors import InputError
+from tokenizer.classifier import PictureClassifier
 
 FEATURES = 2048  # dimensions of Inception's features
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

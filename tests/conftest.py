@@ -14,8 +14,6 @@ from runner import REPO, Finished, ScriptRunner
 from torch import nn
 from torchvision.models import vgg16
 
-from common.classifier import PictureClassifier
-from common.config import ClassifierConfig
 from common.files import folder_written_whole
 from generator.config import ChannelGPTConfig
 from generator.decode import CachedDecoder
@@ -23,6 +21,8 @@ from generator.engine import Batch, Engine
 from generator.model import ChannelGPT
 from generator.tokens import StoreHeader, TokenStore
 from tokenizer import ChannelTokenizer, TokenizerConfig
+from tokenizer.classifier import PictureClassifier
+from tokenizer.settings import ClassifierConfig
 
 __all__ = ["REPO", "Finished", "ScriptRunner"]
 torch.set_num_threads(1)  # tiny models gain nothing from a second one, and would wait for it on a busy machine

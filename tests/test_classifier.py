@@ -1,4 +1,4 @@
-"""common/classifier.py: its file, features and logits of pictures, and settings that are refused."""
+"""tokenizer/classifier.py: its file, features and logits of pictures, and settings that are refused."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,10 @@ from torch.nn import functional as F
 import benchmark
 from common import cli
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
-from common.classifier import KIND, PictureClassifier
-from common.config import ClassifierConfig
 from common.errors import InputError
 from evaluation.features import FeatureExtractor
-from tokenizer.settings import ClassifierTrainingConfig
+from tokenizer.classifier import KIND, PictureClassifier
+from tokenizer.settings import ClassifierConfig, ClassifierTrainingConfig
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = ["hen, a bird", "poêle", "tench"]

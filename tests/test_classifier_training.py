@@ -14,8 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from common.checkpoint import load_tensors
-from common.classifier import PictureClassifier
 from common.images import load_image, to_float
+from tokenizer.classifier import PictureClassifier
 
 SIZE = 16
 Run = Callable[..., Finished]

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from common.checkpoint import load_foreign_state, save_tensors
-from common.classifier import PictureClassifier
 from common.errors import InputError
 from evaluation import features as fid
 from evaluation.features import FeatureExtractor, sample_metrics
 from evaluation.frechet import RunningStatistics, frechet_distance
+from tokenizer.classifier import PictureClassifier
 
 Features = npt.NDArray[np.float64]
 

@@ -17,8 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import load_tensor
-from common.classifier import PictureClassifier
-from common.config import ClassifierConfig
 from common.errors import InputError
 from common.images import load_image
 from evaluation.features import FeatureExtractor
@@ -29,6 +27,8 @@ from generator.config import SamplingConfig
 from generator.engine import Engine
 from generator.pipeline import ChannelTokPipeline
 from generator.settings import ModelSettings
+from tokenizer.classifier import PictureClassifier
+from tokenizer.settings import ClassifierConfig
 
 OUTPUTS = ["something else", *reversed(CLASS_NAMES)]  # of the classifier
 

@@ -11,13 +11,13 @@ import torch
 from conftest import ScriptRunner
 from measurement import measure, results, rows, words
 
-from common.classifier import PictureClassifier
-from common.config import ClassifierConfig
 from common.errors import InputError
 from common.images import load_image
 from evaluation.fid import reference as module
 from evaluation.fid.config import FidConfig
 from evaluation.fid.reference import FeatureNetworks, Reference, read_reference
+from tokenizer.classifier import PictureClassifier
+from tokenizer.settings import ClassifierConfig
 
 SIZE = 16
 PIPELINE: Any = SimpleNamespace(tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=SIZE)))

@@ -13,8 +13,8 @@ from oracles import pictures as oracle
 from torch import Tensor, nn
 
 from common.checkpoint import save_tensors
-from common.classifier import PictureClassifier
 from common.errors import InputError
+from tokenizer.classifier import PictureClassifier
 from tokenizer.perceptual import ClassifierDistance, PerceptualDistance
 
 

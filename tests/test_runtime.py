@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from common.measuring import versions
+from evaluation.reports import versions
 
 # the names in a traceback keep the loader referenced until the process ends
 FAILS_WITH_A_READER = """
@@ -47,7 +47,7 @@ assert pool.map(abs, [-1, 2]) == [1, 2]
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts also run from a folder that is not installed."""
-    monkeypatch.setattr("common.measuring.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("evaluation.reports.PACKAGES", ("torch", "no-such-package"))
     found = versions(("pillow",))
     assert found["no-such-package"] == "(not installed)"
     assert found["torch"][0].isdigit()

@@ -1,7 +1,7 @@
 """LPIPS: the distance of two pictures as a VGG network sees it (Zhang et al., 2018, arXiv 1801.03924).
 
 The measure is torchmetrics'. Its VGG weights come from torchvision, which downloads them once, or from a file. Where
-they cannot be had, the small classifier of `common.classifier` takes VGG's place.
+they cannot be had, the small classifier of `tokenizer.classifier` takes VGG's place.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoint import load_foreign_state
-from common.classifier import PictureClassifier
 from common.errors import InputError
+from tokenizer.classifier import PictureClassifier
 
 VGG_FEATURES = "features."  # what torchvision's VGG calls its convolutions; the classifier after them is not needed
 

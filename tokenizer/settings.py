@@ -6,6 +6,8 @@ from typing import Literal
 from common.config import Config, LoopConfig, ModelTrainingConfig, setting
 from common.errors import InputError
 
+CLASSIFIER_GROUPS = 8  # of the classifier's GroupNorms
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
@@ -216,3 +218,21 @@ class ClassifierTrainingConfig(LoopConfig):
     class_names: str | None = setting(None, "JSON file: class folder -> name; default: the folder's")
     strict: bool = setting(False, "stop at an unreadable image instead of skipping it")
     compile: bool = setting(False, "compile the network with torch.compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(Config):
+    """The network: a stem that halves the picture, then a residual block for each width, halving from the second on."""
+
+    classifier_size: int = setting(64, "pixels of a side that images are resized to", ge=1, le=2**13)
+    widths: list[int] = setting([32, 64, 128, 256], "channels of each block; the last are features", ge=1, le=2**14)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smallest = 2 ** len(self.widths)
+        if not self.widths or any(width % CLASSIFIER_GROUPS for width in self.widths):
+            raise InputError(f"widths is {self.widths}; give one or more multiples of {CLASSIFIER_GROUPS}")
+        if self.classifier_size % smallest:
+            raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
+        if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
+            raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")

@@ -18,7 +18,6 @@ from common.checkpoint import fingerprint, load_tensor, save_tensors
 from common.errors import InputError
 from common.files import read_json, write_text, written_whole
 from common.images import save_png, to_pil
-from common.measuring import machine, synchronize, versions
 from common.randomness import generator_for
 from common.runtime import Workers, is_out_of_memory, launched_workers, pick_dtype
 from evaluation.features import sample_metrics
@@ -26,6 +25,7 @@ from evaluation.fid.config import FidConfig, sweep_settings
 from evaluation.fid.reference import FeatureNetworks, Reference, read_reference
 from evaluation.fid.report import metric_labels, write_report, write_sweep
 from evaluation.frechet import frechet_distance
+from evaluation.reports import machine, synchronize, versions
 from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 

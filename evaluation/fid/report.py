@@ -9,7 +9,7 @@ from common.files import write_text
 from common.plots import Panel, save_line_plot
 from evaluation.features import INCEPTION
 from evaluation.fid.config import FULL, FidConfig
-from evaluation.tables import cell, table_head, table_line
+from evaluation.reports import cell, table_head, table_line
 from generator.config import SamplingConfig
 from generator.settings import ModelSettings
 

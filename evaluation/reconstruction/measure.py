@@ -17,11 +17,11 @@ from common.checkpoint import fingerprint
 from common.config import Refinement
 from common.errors import InputError
 from common.images import to_float
-from common.measuring import machine, versions
 from common.runtime import move, pick_device, pick_dtype
 from evaluation.features import FeatureExtractor
 from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.reconstruction.rate import Distances, add_samples, fit_prior, mean_nats
+from evaluation.reports import machine, versions
 from refiner.flow import ImageRefiner
 from refiner.model import Refiner
 from tokenizer.config import TokenizerConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.files import write_text
 from common.images import captioned_table, save_png, to_pil
 from common.plots import Panel, save_line_plot
-from evaluation.tables import place, table_head, table_line
+from evaluation.reports import place, table_head, table_line
 
 logger = logging.getLogger(__name__)
 FORMS = {

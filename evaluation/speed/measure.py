@@ -16,8 +16,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import resolve_folder
-from common.measuring import machine, synchronize, versions
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
+from evaluation.reports import machine, synchronize, versions
 from evaluation.speed.config import DEFAULT_GENERATOR, DEFAULT_TOKENIZER, NO_TOKENIZER, SpeedConfig
 from evaluation.speed.samplers import Draw, Task, build_samplers, draw_pictures
 from generator.config import GENERATOR_SIZES, ChannelGPTConfig

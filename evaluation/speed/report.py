@@ -8,7 +8,7 @@ from typing import Any
 
 from common.files import write_text
 from common.plots import Panel, save_line_plot
-from evaluation.tables import cell, place, table_head, table_line
+from evaluation.reports import cell, place, table_head, table_line
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
-from common.measuring import synchronize
 from common.runtime import move
+from evaluation.reports import synchronize
 from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.decode import CachedDecoder
 from generator.engine import Engine

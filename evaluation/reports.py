@@ -1,7 +1,7 @@
-"""What every report of a measurement needs: waiting for a device, and names and versions of what was measured on."""
+"""Common parts of all reports: waiting for a device, machine and versions, tables in Markdown."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,3 +37,24 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # a script also runs from a folder that is not installed
         return "(not installed)"
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """Format a line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table_head(heads: Sequence[str]) -> list[str]:
+    """Format the first two lines of a table."""
+    return [table_line(heads), "|" + " --- |" * len(heads)]
+
+
+def cell(value: float | None, form: str) -> str:
+    """Format a number; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def place(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Name the GPU, or the processor with its threads, and torch's version."""
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{where}, torch {versions['torch']}"

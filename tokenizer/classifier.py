@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
-from common.config import GROUPS, ClassifierConfig
 from common.errors import InputError
 from common.images import to_float
+from tokenizer.settings import CLASSIFIER_GROUPS, ClassifierConfig
 
 KIND = "channeltok-classifier"
 
@@ -27,9 +27,9 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(GROUPS, outputs)
+        self.norm1 = nn.GroupNorm(CLASSIFIER_GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        self.norm2 = nn.GroupNorm(CLASSIFIER_GROUPS, outputs)
         nn.init.zeros_(self.norm2.weight)  # a fresh block is close to the identity
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
         self.stride = stride
