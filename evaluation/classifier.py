@@ -14,8 +14,8 @@ from tokenizer.data import ImageBatch
 from tokenizer.settings import AugmentationConfig, ClassifierConfig, ClassifierTrainingConfig, DataConfig
 from tokenizer.training import open_images
 from training.images import ImageTrainer
+from training.model_state import StepLoss
 from training.schedule import Part
-from training.trainer import StepLoss
 
 logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 64

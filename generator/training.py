@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.bit_prior import fit_bit_prior, token_bits
+from common.checkpoint import files_fingerprint
 from common.config import LoopConfig
+from common.errors import InputError
 from common.files import folder_written_whole
 from common.randomness import Stream, generator_for
 from common.runtime import pick_dtype, send
@@ -24,8 +26,9 @@ from generator.objective import GeneratorObjective, draw_flips, position_weights
 from generator.progress import draw_sheet, evaluation_figures, plot_loss, unigram_nats
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
+from training.model_state import StepLoss
 from training.schedule import Part, StepSampler, split_batch
-from training.trainer import StepLoss, Trainer
+from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 PRIOR_BATCH = 512
@@ -118,10 +121,14 @@ class GeneratorTrainer(Trainer):
             yield token_bits(batch.tokens.to(self.device), self.store.header.num_bits), batch.labels.to(self.device)
 
     def _begin_folder(self) -> None:
-        """Copy the store's tokenizer, and remove the plot of an earlier run."""
+        """Copy the store's tokenizer, and remove the plot of an earlier run.
+
+        Raises:
+            InputError: the folder has another tokenizer.
+        """
         folder = self.output_dir / "tokenizer"
-        if folder.exists() and not self.training.resume:
-            shutil.rmtree(folder)  # of a run that ended before its first checkpoint, perhaps with another tokenizer
+        if folder.exists() and files_fingerprint(folder) != files_fingerprint(self.store.tokenizer_folder):
+            raise InputError(f"{folder} is not the tokenizer of {self.training.tokens}; take another output_dir")
         if not folder.exists():
             with folder_written_whole(folder) as temporary:
                 shutil.copytree(self.store.tokenizer_folder, temporary, dirs_exist_ok=True)

@@ -19,8 +19,8 @@ from refiner.config import RefinerConfig, RefinerSize, RefinerTrainingConfig, si
 from refiner.flow import flow_loss, integrate, scale_table, times
 from refiner.model import Refiner
 from training.images import ImageTrainer, LabelledImages
+from training.model_state import StepLoss
 from training.schedule import Part
-from training.trainer import StepLoss
 
 logger = logging.getLogger(__name__)
 SCALE_IMAGES = 256  # images that the scales of the residual are measured on

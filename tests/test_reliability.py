@@ -21,6 +21,7 @@ from conftest import ScriptRunner
 from test_configs import COMMANDS
 
 from common import cli
+from common.checkpoint import load_tensors, save_tensors
 from common.errors import InputError
 from common.files import exclusive_folder, load_arrays, read_json
 from generator.config import SamplingConfig
@@ -344,3 +345,75 @@ def test_a_kill_or_a_full_disk_while_drawing_keeps_the_earlier_images(
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(before)
     assert read_json(pipeline_folder / "generator" / "config.json")
     assert BytesIO(before["00000.png"]).getvalue() != (tmp_path / "samples" / "00000.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------------- training folders
+
+
+@pytest.fixture(scope="module")
+def generator_run(scripts: ScriptRunner, token_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Flags of a finished run of two steps; the last one is its folder."""
+    words: list[object] = ["--tokens", token_store, "--num-layers", 1, "--num-heads", 2, "--hidden-size", 16]
+    words += ["--intermediate-size", 16, "--steps", 2, "--batch-size", 4, "--warmup-steps", 1, "--num-workers", 0]
+    words += ["--prior-steps", 0, "--checkpoint-every", 2, "--evaluate-every", 2, "--validation-images", 4]
+    words += ["--output-dir", tmp_path_factory.mktemp("training") / "run"]
+    done = scripts("train_ar.py", *words)
+    assert done.code == 0, done.err
+    return words
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_another_model_is_not_overwritten(
+    scripts: ScriptRunner, generator_run: list[object], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    shutil.copytree(pipeline_folder / "tokenizer", tmp_path / "part" / "tokenizer")
+    model = ChannelTokenizer.from_pretrained(pipeline_folder / "tokenizer")
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    model.save_pretrained(tmp_path / "part" / "tokenizer")
+    for name, message in (("model", "is not empty"), ("part", "is not the tokenizer of")):
+        before = contents(tmp_path / name)
+        done = scripts("train_ar.py", *generator_run[:-1], tmp_path / name)
+        assert (done.code, message in done.err) == (2, True), done.err
+        assert contents(tmp_path / name).items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("log.jsonl", lambda content: b"[]\n" + content, "is not a record with a step"),
+        ("log.jsonl", lambda content: b"\xff\n" + content, "is damaged"),
+        ("checkpoints/step-00000002/training.json", lambda content: b"{}", "is damaged"),
+        ("checkpoints/step-00000002/training.json", lambda content: content[:50], "is not readable JSON"),
+        ("checkpoints/step-00000002/training.safetensors", lambda content: content[:500], "is damaged"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    scripts: ScriptRunner, generator_run: list[object], tmp_path: Path, name: str,
+    damage: Callable[[bytes], bytes], message: str,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(Path(str(generator_run[-1])), folder)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    done = scripts("train_ar.py", *generator_run[:-1], folder, "--resume", "--steps", 3)
+    assert (done.code, message in done.err) == (2, True), done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_checkpoint_with_cut_tensors_is_not_resumed(
+    scripts: ScriptRunner, generator_run: list[object], tmp_path: Path
+) -> None:
+    for change, message in ((lambda value: value.flatten()[:1], "of shape"), (None, "has no tensor")):
+        folder = tmp_path / message
+        shutil.copytree(Path(str(generator_run[-1])), folder)
+        path = folder / "checkpoints" / "step-00000002" / "training.safetensors"
+        tensors = load_tensors(path)
+        name = next(name for name, value in tensors.items() if value.ndim == 2)
+        value = tensors.pop(name)
+        save_tensors(path, tensors | ({} if change is None else {name: change(value)}))
+        done = scripts("train_ar.py", *generator_run[:-1], folder, "--resume", "--steps", 3)
+        assert (done.code, message in done.err) == (2, True), done.err

@@ -14,9 +14,9 @@ from tokenizer.rate import RateTerm, bit_flips
 from tokenizer.settings import GanConfig, TailDropConfig, TokenizerLossConfig
 from tokenizer.tail_drop import draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
-from training.model_state import AuxiliaryModel, call_frozen
+from training.model_state import AuxiliaryModel, StepLoss, call_frozen
 from training.schedule import Part
-from training.trainer import StepLoss, Trainer
+from training.trainer import Trainer
 
 DISCRIMINATOR, PRIOR = "discriminator", "prior"  # names of the auxiliary models in checkpoints and logs
 DISCRIMINATOR_BETAS = (0.5, 0.9)  # as Esser et al. (arXiv 2012.09841)

@@ -30,8 +30,8 @@ from tokenizer.settings import (
 from tokenizer.sources import check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 from training.images import ImageTrainer, LabelledImages
+from training.model_state import StepLoss
 from training.schedule import Part
-from training.trainer import StepLoss
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8

@@ -29,6 +29,13 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+class CheckpointTensors(dict[str, Tensor]):
+    """Tensors of a checkpoint; a missing name is an `InputError`."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise InputError(f"the checkpoint has no tensor {name}; remove it to resume from an older one")
+
+
 class Checkpoints:
     """The folders checkpoints/step-NNNNNNNN of a run, of which the newest `keep` stay."""
 
@@ -61,6 +68,10 @@ class Checkpoints:
         if not found:
             raise InputError(f"nothing to resume in {self.folder}; omit --resume to start a new run")
         record = read_json(found[-1] / "training.json")
+        if not isinstance(record.get("settings"), dict) or record.get("step") != int(found[-1].name[5:]):
+            raise InputError(
+                f"{found[-1]}/training.json is damaged; remove this checkpoint to resume from an older one"
+            )
         then, now = _flat(record["settings"]), _flat(settings)
         for name, value in now.items():
             if name not in then:
@@ -73,7 +84,7 @@ class Checkpoints:
                     f"{found[-1]} was trained with {name} = {then[name]}, now it is {value}; "
                     "resume with the same settings or choose another output_dir"
                 )
-        return record["step"], load_tensors(found[-1] / "training.safetensors")
+        return record["step"], CheckpointTensors(load_tensors(found[-1] / "training.safetensors"))
 
 
 class RunLog:
@@ -92,8 +103,14 @@ class RunLog:
         """All complete lines; the last one may have been cut short by a kill or a full disk."""
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); restore or remove it") from error
+        if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+            raise InputError(f"{self.path} has a line that is not a record with a step; restore or remove it")
+        return records
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """The figures of all evaluations, by step."""

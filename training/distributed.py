@@ -82,7 +82,14 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, known to all processes, into one that may be sharded."""
+    """Copy a whole tensor, known to all processes, into one that may be sharded.
+
+    Raises:
+        InputError: another shape, which would be broadcast.
+    """
+    if target.shape != source.shape:
+        shapes = tuple(source.shape), tuple(target.shape)
+        raise InputError(f"the checkpoint is damaged: it has a tensor of shape {shapes[0]} in place of {shapes[1]}")
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)

@@ -1,7 +1,7 @@
 """The models of a run, each with its optimizer, and the average of the main model's weights."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,20 @@ class AuxiliaryModel:
     learning_rate: float
     betas: tuple[float, float]
     follows_schedule: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """Losses of a micro-batch.
+
+    Attributes:
+        terms: named scalars; "loss" is minimised by the model, the others are logged.
+        auxiliary: for each auxiliary model that is updated in this step, by name: the model -> its named scalars, of
+            which it minimises "loss"; all are logged with the model's name in front.
+    """
+
+    terms: dict[str, Tensor]
+    auxiliary: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
 
 
 def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:

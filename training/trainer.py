@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -24,28 +24,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from common import runtime
 from common.config import LoopConfig
 from common.errors import InputError
+from common.files import exclusive_folder
 from common.randomness import Stream, generator_for
 from training.checkpoints import MAY_CHANGE, Checkpoints, RunLog
 from training.distributed import make_accelerator, whole
-from training.model_state import EMA, AuxiliaryModel, ModelState, make_optimizer
+from training.model_state import EMA, AuxiliaryModel, ModelState, StepLoss, make_optimizer
 from training.schedule import Part, StepSampler, learning_rate_at, split_batch
 
 logger = logging.getLogger(__name__)
 REPORT_EVERY = 20  # steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepLoss:
-    """Losses of a micro-batch.
-
-    Attributes:
-        terms: named scalars; "loss" is minimised by the model, the others are logged.
-        auxiliary: for each auxiliary model that is updated in this step, by name: the model -> its named scalars, of
-            which it minimises "loss"; all are logged with the model's name in front.
-    """
-
-    terms: dict[str, Tensor]
-    auxiliary: Mapping[str, Callable[[nn.Module], dict[str, Tensor]]] = field(default_factory=dict)
+# in the folder of a run that was killed before its first checkpoint
+BEFORE_CHECKPOINTS = {".lock", "log.jsonl", "refined", "reconstructions", "samples", "tokenizer"}
 
 
 class Trainer:
@@ -60,18 +49,21 @@ class Trainer:
         can_shard: see `make_accelerator`.
 
     Raises:
-        InputError: settings that cannot be used, or a folder with checkpoints without `resume`.
+        InputError: settings that cannot be used, a folder that is not empty without `resume`, or another writer of it.
     """
 
     def __init__(self, config: LoopConfig, *, compiles: bool, can_shard: bool = False):
         self.config, self.compiles = config, compiles
         self.output_dir = Path(config.output_dir)
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
-        if not config.resume and self.checkpoints.all():
-            raise InputError(f"{config.output_dir} contains a run; add --resume to continue it, or take another folder")
+        if not config.resume and any(path.name not in BEFORE_CHECKPOINTS for path in self.output_dir.glob("*")):
+            raise InputError(f"{config.output_dir} is not empty; add --resume to continue a run, or take another one")
         self.log = RunLog(config.output_dir)
         self.accelerator = make_accelerator(config, can_shard=can_shard)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self._held = ExitStack()
+        if self.is_main:
+            self._held.enter_context(exclusive_folder(self.output_dir))
         if compiles:
             runtime.check_can_compile(self.device)
         # on the CPU, so that no process waits for a GPU; the main process may evaluate or save for hours
@@ -145,7 +137,7 @@ class Trainer:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Called after the last step, in the main process."""
+        """Run after the last step, in the main process."""
 
     def train_loader(self, data: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
         """The remaining micro-batches of a data set that is indexed by (index, epoch)."""
@@ -207,7 +199,7 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self._save()
                     self._reported = (self.step, time.perf_counter())  # images/s is that of training alone
-            # signals to other processes may still come: none of them may end before all have saved
+            # none may end before all have saved
             if self.any_process(stop.requested):
                 self._check_health()
                 self._save()
@@ -216,6 +208,7 @@ class Trainer:
             elif self.is_main:
                 self.finish()
             self.any_process(False)
+        self._held.close()
         accelerator.end_training()
 
     def _step(self, stream: Iterator[Any], bar: Any) -> None:
@@ -336,12 +329,9 @@ class Trainer:
         self.step, state = self.checkpoints.load(self.settings)
         if self.step > self.config.steps:
             raise InputError(f"{self.checkpoints.folder} is at step {self.step}; give at least as many steps")
-        everyone = self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist()
-        if len(set(everyone)) > 1:
-            raise InputError(
-                f"processes find different newest checkpoints in {self.checkpoints.folder} (steps {everyone}); "
-                "output_dir must be one folder that all machines share"
-            )
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist()
+        if len(set(steps)) > 1:
+            raise InputError(f"machines find checkpoints of different steps {steps}; they must share output_dir")
         self._saved = self.step
         for part in self._states:
             part.restore(state)
