@@ -38,11 +38,6 @@ class PipelineOutput:
     lengths: tuple[int, ...]
 
 
-def refinement_of(refine: int | Refinement) -> Refinement:
-    """Settings of the refiner from a number of steps, or as they are."""
-    return refine if isinstance(refine, Refinement) else Refinement(refine)
-
-
 class StreamImages:
     """Images of one stream: decodes tokens, and refines what it has decoded, with each image's class and seed."""
 
@@ -65,9 +60,9 @@ class StreamImages:
         decoded = self._decoder.start(tokens.to(self._decoder.device), num_tokens)
         if refine == 0:
             return decoded
-        refinement, refiner = refinement_of(refine), self._refiner
-        if refiner is None:
+        if self._refiner is None:
             raise InputError(f"refine is {refine}, but this model has no refiner; use 0")
+        refiner, refinement = self._refiner, self._refiner.refinement(refine)
         lengths = num_tokens.tolist()
         return PendingPictures(
             lambda: refiner(decoded.images(), lengths, self._class_labels, self._seeds, refinement).cpu()
@@ -280,7 +275,7 @@ class ChannelTokPipeline:
             return None
         if self.refiner is None:
             raise InputError("refine is given, but this model has no refiner/; use 0, or train one (train_refiner.py)")
-        return replace(Refinement() if refine is None else refinement_of(refine), **given)
+        return replace(self.refiner.refinement(Refinement.steps if refine is None else refine), **given)
 
     def stream_best(
         self,

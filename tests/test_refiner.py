@@ -361,7 +361,7 @@ def test_reconstruction_measures_refined_images(
     images = torch.stack([load_image(path, SIZE) for path in paths])
     decoded = PictureDecoder(tiny_tokenizer, dtype=torch.float32)(tiny_tokenizer.tokenize(to_float(images))[:, :9])
     refiner = ImageRefiner(tiny_refiner(known, class_names=["a", "b", "c"]))
-    refined = refiner(decoded, [9] * 6, [0, 0, 1, 1, 2, 2], range(6), Refinement(2))
+    refined = refiner(decoded, [9] * 6, [0, 0, 1, 1, 2, 2], range(6), refiner.refinement(2))
     expected = [oracle.psnr(a.numpy(), b.numpy()) for a, b in zip(refined, images, strict=True)]
     assert found[3]["psnr"] == pytest.approx(float(np.mean(expected)), abs=0.02)
     assert found[3]["feature_distance"] != found[1]["feature_distance"]

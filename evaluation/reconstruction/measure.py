@@ -14,7 +14,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint
-from common.config import Refinement
 from common.errors import InputError
 from common.images import to_float
 from common.runtime import move, pick_device, pick_dtype
@@ -141,12 +140,13 @@ def load_refining(
     """
     if config.refiner is None:
         return None
-    refiner, refinement = Refiner.from_pretrained(config.refiner), Refinement(config.refine)
+    refiner = Refiner.from_pretrained(config.refiner)
     if refiner.config.tokenizer_fingerprint != fingerprint(tokenizer):
         raise InputError(f"refiner {config.refiner} was trained for another tokenizer than {config.tokenizer}")
     if refiner.config.null_label != len(classes):
         raise InputError(f"refiner {config.refiner} has {refiner.config.null_label} classes, the images {len(classes)}")
     images = ImageRefiner(move(refiner, device))
+    refinement = images.refinement(config.refine)
     return lambda decoded, k, labels, seeds: images(decoded, [k] * len(decoded), labels.tolist(), seeds, refinement)
 
 
