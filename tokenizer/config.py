@@ -77,7 +77,7 @@ class TokenizerConfig(Config):
 
     @property
     def patches_per_latent(self) -> int:
-        """Patches of the space-to-depth along one side of what one entry of a latent channel stands for."""
+        """Patches of the space-to-depth along one side of the area of one latent entry."""
         return self.image_size // self.patch_size // self.latent_size
 
     @property

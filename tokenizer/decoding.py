@@ -1,7 +1,4 @@
-"""Tokens to pictures as fast as the machine allows, over the weights of a `ChannelTokenizer`.
-
-What was measured, and how far it is from the arithmetic limit of a machine: docs/performance.md.
-"""
+"""Fast decoding of tokens to images with the weights of a `ChannelTokenizer`; see docs/performance.md."""
 
 import copy
 import functools
@@ -27,10 +24,10 @@ PIXELS_AT_ONCE = 2**19  # decoded in one go: 8 images of 256 x 256, about 1 GB i
 
 
 def _fastest_layout(tokenizer: ChannelTokenizer, dtype: torch.dtype) -> Decoder:
-    """The tokenizer's decoder as the device likes it best; the tokenizer's own where that is the same.
+    """The tokenizer's decoder in the fastest layout of its device; the tokenizer's own where that is the same.
 
-    channels_last is what convolutions want. GroupNorm does not: in bfloat16 on a CPU it costs more than it gains
-    (docs/lab.md), and Apple's MPS has no use for it.
+    Convolutions are faster in channels_last. GroupNorm is not: in bfloat16 on a CPU the layout costs more than it gains
+    (docs/lab.md), and on Apple's MPS it gains nothing.
     """
     device = tokenizer.device.type
     exact_cpu = device == "cpu" and dtype == torch.float32
@@ -44,7 +41,7 @@ def _fastest_layout(tokenizer: ChannelTokenizer, dtype: torch.dtype) -> Decoder:
 
 
 class PendingPictures:
-    """Pictures that are being decoded, or will be when they are asked for."""
+    """Images that are being decoded, or will be when they are requested."""
 
     def __init__(self, finish: Callable[[], Tensor]):
         self._finish = functools.cache(finish)
@@ -55,7 +52,7 @@ class PendingPictures:
 
 
 class PictureDecoder:
-    """Tokens (b k) -> uint8 pictures (b 3 H W), over a tokenizer's weights as they are now; it leaves them alone.
+    """Tokens (b k) -> uint8 pictures (b 3 H W), with a copy of a tokenizer's weights.
 
     Example: `PictureDecoder(tokenizer)(tokens[:, :32])`.
 
@@ -66,7 +63,7 @@ class PictureDecoder:
         compile: compile the decoder with torch.compile, at the first picture of each batch size.
 
     Raises:
-        InputError: another dtype, or nothing to compile with.
+        InputError: another dtype, or no compiler.
     """
 
     def __init__(self, tokenizer: ChannelTokenizer, *, dtype: torch.dtype | None = None, compile: bool = False):
@@ -97,7 +94,7 @@ class PictureDecoder:
             num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
 
         Raises:
-            InputError: a shape or a length outside these ranges, or not memory enough for one picture.
+            InputError: a shape or a length outside these ranges, or too little memory for one image.
         """
         return self._pictures(self.tokenizer.lookup(tokens.to(self.device), num_tokens))
 
@@ -107,7 +104,7 @@ class PictureDecoder:
 
         The tokens are read now: they may be overwritten afterwards. On CUDA the pictures are decoded
         beside what the current stream does next (keep `num_tokens` on the CPU: checking it must not wait for
-        the device); on other devices when they are first asked for. Arguments and errors: see `__call__`.
+        the device); on other devices when they are first requested. Arguments and errors: see `__call__`.
         """
         latents = self.tokenizer.lookup(tokens.to(self.device), num_tokens)
         if self._stream is None:

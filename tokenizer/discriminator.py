@@ -1,7 +1,7 @@
-"""PatchGAN: a small network that judges patches of pictures (Isola et al., 2017, arXiv 1611.07004), with hinge losses.
+"""PatchGAN (Isola et al., 2017, arXiv 1611.07004) with hinge losses: classifies patches as real or reconstructed.
 
-As in the VQGAN family (Esser et al., 2021, arXiv 2012.09841), with GroupNorm, whose statistics are of one picture
-alone: so a judgement depends neither on the batch nor on the number of processes.
+As in the VQGAN family (Esser et al., 2021, arXiv 2012.09841), with GroupNorm, whose statistics are of one image alone:
+an output depends neither on the batch nor on the number of processes.
 """
 
 import torch

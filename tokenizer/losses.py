@@ -25,7 +25,7 @@ def tokenizer_loss(
         images: (b 3 H W) in [-1, 1], what it should have given.
         keep: (b c) bool, the channels that it was given.
         config: the weights.
-        perceptual: two such batches -> a distance for each pair (b,); None leaves it out.
+        perceptual: two such batches -> a distance for each pair (b,); None omits it.
         sum_over_processes: see `bsq.quantization_losses`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""LPIPS: the distance of two pictures as a VGG network sees it (Zhang et al., 2018, arXiv 1801.03924).
+"""LPIPS: distance of two images in the features of a VGG network (Zhang et al., 2018, arXiv 1801.03924).
 
 The measure is torchmetrics'. Its VGG weights come from torchvision, which downloads them once, or from a file. Where
 they cannot be had, the small classifier of `tokenizer.classifier` takes VGG's place.

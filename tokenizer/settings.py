@@ -164,7 +164,7 @@ class RateConfig(Config):
 
     @property
     def has_rate(self) -> bool:
-        """Whether a rate weight is above 0."""
+        """Return whether a rate weight is above 0."""
         return max(self.rate_weight, self.late_rate_weight or 0) > 0
 
 

@@ -43,7 +43,7 @@ def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[
         end: the channel at which the exchange ends, not itself exchanged, end <= k.
 
     Returns:
-        Both with the exchange made, (b k) each; the arguments stay as they are.
+        Both with the exchange made, (b k) each; the arguments are not changed.
 
     Raises:
         InputError: shapes that differ or are not (b k), or a range outside 0..k.
@@ -115,7 +115,7 @@ class ChannelTokenizer(SavedModel):
         return nn.ModuleDict({"encoder": self.encoder, "project_in": self.quantizer.project_in})
 
     def token_fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for the tokens this tokenizer makes.
+        """Hash of the weights that determine tokens: 16 hexadecimal digits.
 
         Those of the reader's weights: a decoder that is trained further draws the same tokens better.
         """

@@ -46,7 +46,7 @@ def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
         size: as the user gave it; must be the tokenizer's own, or the default.
 
     Raises:
-        InputError: a tokenizer that cannot be read, or of another size than was asked for.
+        InputError: a tokenizer that cannot be read, or of another size than requested.
     """
     model = ChannelTokenizer.from_pretrained(init_from)
     given, found, default = (asdict(config) for config in (size, model.config, TokenizerConfig()))

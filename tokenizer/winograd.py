@@ -64,7 +64,7 @@ class WinogradConv2d(nn.Module):
             products = torch.bmm(mixed.view(36, -1, channels), self.weight)
             pixels = self._both_ways(self.after, products.view(6, -1)).view(4, 4, batch, -1, columns, out_channels)
             torch.add(rearrange(pixels, "p q b i j o -> b i p j q o"), self.bias, out=output[:, top:end])
-        # height and width are put together before the axes move, or torch loses sight of the channels_last layout
+        # height and width are put together before the axes move, or torch no longer recognizes the channels_last layout
         return rearrange(rearrange(output, "b i p j q o -> b (i p) (j q) o"), "b h w o -> b o h w")
 
     @staticmethod
@@ -76,7 +76,7 @@ class WinogradConv2d(nn.Module):
 
 
 class _WinogradBlock(nn.Module):
-    """`ResidualBlock` on Winograd's convolutions; in place where it can be, for fresh memory is dear on a CPU."""
+    """`ResidualBlock` on Winograd's convolutions; in place where possible, because allocation is slow on a CPU."""
 
     def __init__(self, block: ResidualBlock):
         super().__init__()
@@ -90,7 +90,7 @@ class _WinogradBlock(nn.Module):
 
 
 def exclude_from_compilation(decoder: nn.Module) -> None:
-    """Keep torch.compile away from Winograd's convolutions of a decoder: it makes them slower."""
+    """Exclude Winograd's convolutions of a decoder from torch.compile, which makes them slower."""
     # not a decorator of the method: that would import the compiler with this module, which takes seconds
     for layer in decoder.modules():
         if isinstance(layer, WinogradConv2d):
@@ -98,7 +98,7 @@ def exclude_from_compilation(decoder: nn.Module) -> None:
 
 
 def use_winograd(decoder: Decoder, size: int) -> None:
-    """Exchange, in place, the layers of a decoder of latents (b c size size) for which Winograd's way is faster."""
+    """Replace, in place, the layers of a decoder of latents (b c size size) that are faster with Winograd's method."""
     for i, layer in enumerate(decoder.trunk):
         size *= 2 if isinstance(layer, Upsample) else 1
         if size < WINOGRAD_SIZE or size % 4:

@@ -172,7 +172,7 @@ class Trainer:
         return torch.as_tensor(self.accelerator.reduce(value.detach().clone(), "mean"))
 
     def any_process(self, asked: bool) -> bool:
-        """Whether it is true in any process; all of them must call, and wait for each other."""
+        """Return whether it is true in any process; all processes must call and wait for each other."""
         if self._group is None:
             return asked
         flag = torch.tensor(float(asked))

@@ -158,7 +158,7 @@ def measure_reconstruction(
     Returns:
         What results.json holds, without the command; and for each shown image its pictures (3 H W) uint8 at every k,
         then the original. In a row psnr is in dB, codebook_use among the first k channels, nats_per_token and bits are
-        of the first k tokens under the fitted prior; None stands for what was not measured.
+        of the first k tokens under the fitted prior; None if not measured.
 
     Raises:
         InputError: a device, data, weights or a k that is not available, or no readable image.
