@@ -56,7 +56,27 @@ def _text(word: str) -> str:
     return word
 
 
-def _add_flag(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any], hint: Any) -> None:
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        without = action.default is None or action.default == argparse.SUPPRESS or action.default is False
+        return action.help if without else super()._get_help_string(action)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("channeltok")
+        except PackageNotFoundError:  # a script also runs from a folder that is not installed
+            found = "(not installed)"
+        sys.stdout.write(f"channeltok {found}\n")
+        sys.exit(0)
+
+
+def _add_flag(parser: argparse._ActionsContainer, entry: dataclasses.Field[Any], hint: Any) -> None:
     """Add the flag of a dataclass field: a number, a string, a boolean, a Literal, a list of these, or None."""
     options: dict[str, Any] = {"help": entry.metadata.get("help"), "default": entry.default}
     if entry.default_factory is not dataclasses.MISSING:
@@ -75,8 +95,19 @@ def _add_flag(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any], hi
         options |= {"type": _boolean, "nargs": "?", "const": True}
     else:
         options["type"] = _text if hint is str else hint
-    names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
-    parser.add_argument(*names, dest=entry.name, **options)
+    if "choices" not in options:
+        options["metavar"] = {int: "N", float: "X", bool: "true|false"}.get(hint, "TEXT")
+    parser.add_argument(_flag(entry.name), dest=entry.name, **options)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _dashed(word: str) -> str:
+    """A flag with dashes in place of underscores; other words as they are."""
+    flag, sign, value = word.partition("=")
+    return f"{flag.replace('_', '-')}{sign}{value}" if word.startswith("--") else word
 
 
 def unset(kind: type, otherwise: str) -> type:
@@ -119,9 +150,9 @@ def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequenc
         if value == []:
             parser.set_defaults(**{key: []})  # a flag with no words after it is refused
         elif isinstance(value, list):
-            words += [f"--{key}", *(str(entry) for entry in value)]
+            words += [_flag(key), *(str(entry) for entry in value)]
         else:
-            words.append(f"--{key}={value}")
+            words.append(f"{_flag(key)}={value}")
     return words
 
 
@@ -140,15 +171,20 @@ def parse(
         InputError: an unknown name, a value of the wrong type, or what the classes refuse.
     """
     program = None if command is None else f"{_program()} {command}"
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = _Parser(prog=program, description=description, allow_abbrev=False, formatter_class=formatter)
+    options: dict[str, Any] = {"usage": "%(prog)s [FLAGS]", "description": description, "formatter_class": _Help}
+    parser = _Parser(prog=program, allow_abbrev=False, **options)
     for kind in kinds:
         hints = typing.get_type_hints(kind)
+        group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
         for entry in dataclasses.fields(kind):
-            _add_flag(parser, entry, hints[entry.name])
+            _add_flag(group, entry, hints[entry.name])
     parser.add_argument("--config", type=Path, help="YAML file of defaults for any of these flags")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and exit")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version, and exit"
+    )
     fields = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
@@ -161,11 +197,16 @@ def parse(
 
     known, rest = parser.parse_known_args(defaults + words)
     if rest:
-        flags = [f"--{name.replace('_', '-')}" for name in [*fields, "config"]]
+        flags = [_flag(name) for name in [*fields, "config", "print_config", "version"]]
         raise InputError(f"unknown argument {rest[0]!r}; {nearest(rest[0].split('=')[0], flags)}")
     values = vars(known)
     _check_folders(kinds, values)
-    return tuple(kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind)}) for kind in kinds)
+    made = tuple(kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind)}) for kind in kinds)
+    if values["print_config"]:
+        settings = {name: value for config in made for name, value in vars(config).items()}
+        sys.stdout.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        sys.exit(0)
+    return made
 
 
 def _check_folders(kinds: Sequence[type], values: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_value_of_the_wrong_type_names_flag_and_value(config, argv):
 def test_values_refused_by_the_dataclass_and_missing_ones_are_named(config):
     assert refusal(Run, argv=["--steps", "0"]) == "steps is 0; it must be at least 1"
     assert "steps is [1, 2]; it takes a single value" in refusal(Run, argv=config("steps: [1, 2]\n"))
-    assert "--data_dir" in refusal(Needed, argv=[])
+    assert "--data-dir" in refusal(Needed, argv=[])
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
@@ -177,7 +178,25 @@ def test_help_shows_every_flag_with_its_help(capsys):
     assert "What it does." in shown
     assert "folder for everything" in shown
     for name in [one.name for kind in (Run, Needed) for one in dataclasses.fields(kind)]:
-        assert f"--{name}" in shown
+        assert f"--{name.replace('_', '-')} " in shown
+    assert "--output-dir TEXT" in shown
+    assert "(default: out)" in shown
+    assert "None" not in shown
+
+
+def test_settings_can_be_printed_as_a_config_file(capsys, config):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(Run, Needed, argv=["--print-config", "--steps", "3", "--data-dir", "d", "--sizes", "4"])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    assert cli.parse(Run, Needed, argv=config(printed)) == (Run(steps=3, sizes=[4]), Needed(data_dir="d"))
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(Run, argv=["--version"])
+    assert not caught.value.code
+    assert capsys.readouterr().out == f"channeltok {version('channeltok')}\n"
 
 
 COMMANDS = {"walk": (Run,), "draw": (Run, Needed)}
@@ -221,7 +240,7 @@ def test_help_names_the_commands_and_each_has_its_own(capsys, monkeypatch):
     assert "walk" in general
     assert "--steps" not in general
     assert "usage: little.py draw" in draw
-    assert "--data_dir" in draw
+    assert "--data-dir" in draw
 
 
 def test_the_command_line_is_reported_without_the_folder_of_the_program(monkeypatch):

@@ -257,8 +257,8 @@ def test_sample_refuses_a_model_that_does_not_exist(scripts: ScriptRunner, tmp_p
 
 def test_help_lists_the_flags(scripts: ScriptRunner) -> None:
     for script, flag in (
-        ("sample.py", "--cfg_scale"),
-        ("train_ar.py", "--label_dropout"),
+        ("sample.py", "--cfg-scale"),
+        ("train_ar.py", "--label-dropout"),
         ("extract_tokens.py", "--views"),
     ):
         done = scripts(script, "--help")
