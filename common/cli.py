@@ -132,10 +132,13 @@ def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequenc
         raise InputError(f"config {path} is missing; the ones that come with the project are in configs/")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # they can multiply without limit
-            raise InputError(f"config {path} has aliases (*name); write the values themselves")
+        depth = 0
+        for event in yaml.parse(text):  # aliases and nested lists can take any time and memory
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 2:
+                raise InputError(f"config {path} has aliases or nested values; give lines `key: value`")
         content = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config {path} is not readable YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"config {path} must be a list of `key: value` lines")

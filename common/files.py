@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -144,5 +145,5 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, NotImplementedError, RuntimeError,
-            OverflowError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+            OverflowError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:  # fmt: skip
         raise InputError(f"{path} is not a .npz file, or is damaged ({error}); copy or create it again") from error

@@ -223,7 +223,7 @@ class SampleConfig(Config):
         None, "guidance of the refiner; 1 = off, others cost two passes; default: 2", ge=0
     )
     refine_temperature: float | None = setting(
-        None, "standard deviation of the refiner's noise; lower: less detail; default: 1", ge=0, le=2
+        None, "standard deviation of the refiner's noise; lower: less detail; default: the model's", ge=0, le=2
     )
     refine_previews: bool = setting(False, "refine the pictures of --previews as well")
     model: str = setting(DEMO_MODEL, "folder with tokenizer/ and generator/, or a hub name", reads=True)

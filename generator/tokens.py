@@ -54,6 +54,8 @@ class StoreHeader(Config):
         super().__post_init__()
         if self.version != VERSION:
             raise InputError(f"the token store has version {self.version}; this program reads {VERSION}: extract again")
+        if not set(SPLITS) == set(self.split_files) == set(self.listings) or min(self.split_files.values()) < 0:
+            raise InputError(f"split_files and listings must have an entry for each of {', '.join(SPLITS)}")
 
     def num_views(self, split: str) -> int:
         """Token sequences of each image; val has one, of the unchanged image."""

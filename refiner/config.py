@@ -33,6 +33,7 @@ class RefinerConfig(RefinerSize):
         tokenizer_fingerprint: of all weights of the tokenizer.
         scale_lengths, scales: root mean square of photograph - decoded image in [-1, 1] units at some k, rising.
         has_null_label: whether training dropped labels, which guidance needs.
+        temperature: default of sampling, below 1 for a refiner that was trained briefly and draws noise at 1.
     """
 
     image_size: int = setting(ge=1, le=2**13)
@@ -42,6 +43,7 @@ class RefinerConfig(RefinerSize):
     scale_lengths: list[int] = setting(ge=1)
     scales: list[float] = setting(gt=0)
     has_null_label: bool
+    temperature: float = setting(1.0, ge=0, le=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()

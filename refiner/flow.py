@@ -154,10 +154,11 @@ class ImageRefiner:
         self._seconds: dict[tuple[int, Refinement], float] = {}
 
     def refinement(self, refine: int | Refinement) -> Refinement:
-        """Settings from a number of steps, with guidance if the refiner can be guided; or as they are."""
+        """Settings from a number of steps, with the refiner's guidance and temperature; or as they are."""
         if isinstance(refine, Refinement):
             return refine
-        return Refinement(refine, cfg_scale=CFG_SCALE if self.config.has_null_label else 1.0)
+        scale = CFG_SCALE if self.config.has_null_label else 1.0
+        return Refinement(refine, cfg_scale=scale, temperature=self.config.temperature)
 
     @torch.no_grad()
     def __call__(

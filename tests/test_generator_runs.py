@@ -227,11 +227,11 @@ def test_sigkill_at_random_times_does_not_change_the_result(
 # slow steps and a slow disk, so that a kill can be timed
 SLOW_STEPS = """
 import time
-from common import checkpoint
+from common import files
 from training.trainer import Trainer
-step, sync = Trainer._step, checkpoint._sync
+step, sync = Trainer._step, files._sync
 Trainer._step = lambda self, *arguments: (time.sleep(0.02), step(self, *arguments))[1]
-checkpoint._sync = lambda path: (time.sleep(0.01), sync(path))[1]
+files._sync = lambda path: (time.sleep(0.01), sync(path))[1]
 """
 
 
@@ -281,15 +281,6 @@ def test_the_loss_plot_is_removed_when_a_finished_run_continues(train: Train, un
     stop = STOP.format(step=13, who="0")
     assert "stopped at step 13 of 14" in train(folder, "--resume", "--steps", 14, before=stop).err
     assert not (folder / "loss.png").exists()
-
-
-def test_a_tokenizer_of_an_earlier_attempt_is_replaced(train: Train, unbroken: Path, tmp_path: Path) -> None:
-    stale = tmp_path / "run" / "tokenizer"
-    stale.mkdir(parents=True)
-    (stale / "config.json").write_text("{}")
-    assert train(tmp_path / "run").code == 0
-    for path in (unbroken / "tokenizer").iterdir():
-        assert (stale / path.name).read_bytes() == path.read_bytes()
 
 
 def test_sigterm_ends_an_evaluation_which_is_repeated_on_resume(

@@ -171,8 +171,8 @@ def test_bad_settings_are_refused(change: dict[str, object], named: str) -> None
         ({"num_heads": 5}, "num_heads"),
         ({"num_heads": 32}, "hidden_size"),
         ({"rope_theta": 1.0}, "rope_theta"),
-        ({"num_bits": 17}, "num_bits 17"),
-        ({"class_names": []}, "class_names 0"),
+        ({"num_bits": 17}, "num_bits is 17"),
+        ({"class_names": []}, "class_names is empty"),
     ],
 )
 def test_bad_sizes_are_refused(tiny_generator: ChannelGPT, change: dict[str, Any], named: str) -> None:

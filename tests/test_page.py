@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import REPO, ScriptRunner, free_port
+from conftest import REPO, ScriptRunner
 from PIL import Image
+from runner import free_port
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By

@@ -186,6 +186,8 @@ def test_a_run_restarted_before_its_first_checkpoint_has_a_new_log(train, tmp_pa
     flags = ("--checkpoint-every", 100, "--evaluate-every", 2)
     assert train(tmp_path / "run", *flags, before=KILL_AT_STEP_4).code == -9
     assert [record["step"] for record in curve(tmp_path / "run")] == [2, 4]
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (tmp_path / "run" / "config.json").unlink()
     assert train(tmp_path / "run", *flags).code == 0
     assert [record["step"] for record in curve(tmp_path / "run")] == [2, 4, 6]
 

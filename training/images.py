@@ -63,7 +63,7 @@ class ImageTrainer(Trainer):
         """
         found = False
         for batch in tqdm(
-            self.held_loader(self.images.val, count, size, self.images.collate), desc="evaluation", leave=False
+            self.held_loader(self.images.val, count, size, self.images.collate), desc="evaluation", delay=2, leave=False
         ):
             self.images.unreadable.note(batch)
             if len(batch.images):

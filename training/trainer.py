@@ -57,13 +57,13 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
         if not config.resume and any(path.name not in BEFORE_CHECKPOINTS for path in self.output_dir.glob("*")):
-            raise InputError(f"{config.output_dir} is not empty; add --resume to continue a run, or take another one")
+            raise InputError(
+                f"{config.output_dir} is not empty; add --resume to continue from a checkpoint, or remove it"
+            )
         self.log = RunLog(config.output_dir)
         self.accelerator = make_accelerator(config, can_shard=can_shard)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self._held = ExitStack()
-        if self.is_main:
-            self._held.enter_context(exclusive_folder(self.output_dir))
+        self._held = ExitStack()  # the output folder, in the main process
         if compiles:
             runtime.check_can_compile(self.device)
         # on the CPU, so that no process waits for a GPU; the main process may evaluate or save for hours
@@ -89,8 +89,6 @@ class Trainer:
         self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.step, self._saved = 0, -1
         self.parts = split_batch(config, accelerator.process_index, accelerator.num_processes)
-        if not config.resume and self.is_main:
-            self.log.cut(0)
         if self.compiles:
             model.compile()
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -118,6 +116,9 @@ class Trainer:
         self._loss = torch.zeros(())
         if config.resume:
             self._restore()
+        if self.is_main:
+            self._held.enter_context(exclusive_folder(self.output_dir))
+            self.log.cut(self.step)
         self._reported = (self.step, time.perf_counter())
 
     def batches(self) -> Iterable[Any]:
@@ -335,6 +336,4 @@ class Trainer:
         self._saved = self.step
         for part in self._states:
             part.restore(state)
-        if self.is_main:
-            self.log.cut(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)

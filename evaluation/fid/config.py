@@ -27,7 +27,7 @@ class FidConfig(Config):
     )
     refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 2", ge=0, le=100)
     refine_temperature: float | None = setting(
-        None, "standard deviation of the refiner's noise; default: 1", ge=0, le=2
+        None, "standard deviation of the refiner's noise; default: the model's", ge=0, le=2
     )
     seed: int = setting(0, "sample i is drawn with seed + i", ge=0, lt=2**63)
     batch_size: int = setting(64, "samples drawn together; an interruption loses one batch", ge=1, le=2**16)
