@@ -102,10 +102,11 @@ class GeneratorTrainer(Trainer):
         prior = model.prior.to(self.device)
         if self.is_main:
             config = LoopConfig(output_dir="", steps=training.prior_steps, batch_size=PRIOR_BATCH, seed=training.seed)
+            collate: Any = whole_batch
             sampler = StepSampler(len(self.train_set), config, split_batch(config, 0, 1), 0)
             fit_bit_prior(
                 prior,
-                self._prior_batches(self._loader(self.train_set, sampler, whole_batch)),
+                self._prior_batches(DataLoader(self.train_set, batch_sampler=sampler, collate_fn=collate)),
                 steps=training.prior_steps,
                 l2_weight=training.prior_l2_weight,
                 label_dropout=training.label_dropout,

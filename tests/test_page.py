@@ -196,7 +196,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     driver.quit()
 
 
-def eventually(check: Callable[[], Any], seconds: float = 60) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 180) -> Any:
     """The first true value of a check."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -119,6 +119,8 @@ class Trainer:
         if self.is_main:
             self._held.enter_context(exclusive_folder(self.output_dir))
             self.log.cut(self.step)
+        if config.resume:
+            logger.info("resumed at step %d of %d", self.step, config.steps)
         self._reported = (self.step, time.perf_counter())
 
     def batches(self) -> Iterable[Any]:
@@ -336,4 +338,3 @@ class Trainer:
         self._saved = self.step
         for part in self._states:
             part.restore(state)
-        logger.info("resumed at step %d of %d", self.step, self.config.steps)
