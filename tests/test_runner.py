@@ -12,7 +12,8 @@ SLEEPER = "import time; time.sleep(60)"
 MEET = """
 import os, torch.distributed as dist
 dist.init_process_group("gloo")
-print([os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU")], dist.get_world_size(), flush=True)
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU")
+print([os.environ[name] for name in names], dist.get_world_size(), flush=True)
 dist.barrier()
 os._exit({"0": 0, "1": 5, "2": 6}[os.environ["RANK"]])
 """
