@@ -163,7 +163,9 @@ class GeneratorTrainer(Trainer):
     def evaluate(self, averaged: GeneratorObjective, step: int) -> dict[str, Any]:
         """Validation loss by position, and a picture of samples."""
         found = []
-        loader = self.held_loader(self.val_set, self.training.validation_images, EVALUATION_BATCH, whole_batch)
+        loader = self.held_loader(
+            self.val_set, self.training.validation_images, EVALUATION_BATCH, whole_batch, num_workers=0
+        )
         for batch in tqdm(loader, desc="evaluation", leave=False):
             with self.accelerator.autocast():
                 found.append(averaged(batch.labels.to(self.device), batch.tokens.to(self.device)).nats)

@@ -146,17 +146,21 @@ class Trainer:
         """The remaining micro-batches of a data set that is indexed by (index, epoch)."""
         return self._loader(data, StepSampler(len(data), self.config, self.parts, self.step), collate)
 
-    def held_loader(self, data: Any, count: int, size: int, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+    def held_loader(
+        self, data: Any, count: int, size: int, collate: Callable[[Any], Any], num_workers: int | None = None
+    ) -> DataLoader[Any]:
         """At most `count` evenly spaced entries of a validation set, always the same, in batches of `size`."""
         count = min(count, len(data))
         chosen = [(i * len(data) // count, 0) for i in range(count)]
-        return self._loader(data, [chosen[i : i + size] for i in range(0, count, size)], collate)
+        return self._loader(data, [chosen[i : i + size] for i in range(0, count, size)], collate, num_workers)
 
-    def _loader(self, data: Any, batches: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+    def _loader(
+        self, data: Any, batches: Any, collate: Callable[[Any], Any], num_workers: int | None = None
+    ) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_sampler=batches,
-            num_workers=self.config.num_workers,
+            num_workers=self.config.num_workers if num_workers is None else num_workers,
             worker_init_fn=runtime.leave_signals_to_the_trainer,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
