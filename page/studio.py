@@ -70,13 +70,12 @@ class Studio:
     def draw(self, drawing: Drawing) -> Iterator[tuple[Drawing, Image.Image]]:
         """Continue a drawing to its last token: the drawing and its image, as often as images can be made.
 
-        Stop by not asking for the next one. The tokens are those of an uninterrupted drawing with the same choice.
-
-        Raises:
-            InputError: a drawing that is complete.
+        Stop by not asking for the next one. The tokens are those of an uninterrupted drawing with the same choice. A
+        complete drawing is given as it is: a visitor's Stop may arrive after the last token.
         """
         if drawing.num_tokens >= self.num_tokens:
-            raise InputError(f"the image has all of its {self.num_tokens} tokens; draw another one")
+            yield drawing, self.images([drawing])[0]
+            return
         begun = time.perf_counter()
         shown, cost = -1.0, 0.0
         for step in self._stream([drawing]):
