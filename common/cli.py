@@ -60,8 +60,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        without = action.default is None or action.default == argparse.SUPPRESS or action.default is False
-        return action.help if without else super()._get_help_string(action)
+        if any(action.default is value for value in (None, False, argparse.SUPPRESS)):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _Version(argparse.Action):
@@ -108,6 +109,11 @@ def _dashed(word: str) -> str:
     """A flag with dashes in place of underscores; other words as they are."""
     flag, sign, value = word.partition("=")
     return f"{flag.replace('_', '-')}{sign}{value}" if word.startswith("--") else word
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    """The words after the program's name, or those of the process."""
+    return [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
 
 
 def unset(kind: type, otherwise: str) -> type:
@@ -187,7 +193,7 @@ def parse(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version, and exit"
     )
     fields = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = _words(argv)
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
@@ -253,8 +259,7 @@ def parse_command(
 
 def has_flag(name: str, argv: Sequence[str] | None = None) -> bool:
     """Return whether a flag is on the command line."""
-    words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    return f"--{name}" in words
+    return f"--{name}" in [word.split("=")[0] for word in _words(argv)]
 
 
 def command_line() -> str:

@@ -47,6 +47,11 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def is_finite(value: float) -> bool:
+    """Return whether a number is neither infinite nor NaN; integers of any size are finite."""
+    return isinstance(value, int) or math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """Interval of allowed numbers."""
@@ -57,21 +62,16 @@ class Bounds:
     lt: float | None = None
 
     def __contains__(self, value: float) -> bool:
-        if not any(bound is not None for bound in vars(self).values()):
+        if self == Bounds():
             return True
-        return (
-            math.isfinite(value)
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
+        checks = (operator.ge, self.ge), (operator.gt, self.gt), (operator.le, self.le), (operator.lt, self.lt)
+        return is_finite(value) and all(bound is None or check(value, bound) for check, bound in checks)
 
     def __str__(self) -> str:
-        low, high = self.ge if self.gt is None else self.gt, self.le if self.lt is None else self.lt
-        if high is None:
-            return f"{'at least' if self.gt is None else 'above'} {low}"
-        return f"in {'[' if self.gt is None else '('}{low}, {high}{']' if self.lt is None else ')'}"
+        low = f"[{self.ge}" if self.gt is None else f"({self.gt}"
+        if self.le is None and self.lt is None:
+            return f"at least {self.ge}" if self.gt is None else f"above {self.gt}"
+        return f"in {low}, {self.le}]" if self.lt is None else f"in {low}, {self.lt})"
 
 
 def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
@@ -100,7 +100,7 @@ def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
     if not isinstance(value, (int, float) if hint is float else hint) or (hint is not bool and isinstance(value, bool)):
         raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")
     if hint in (int, float) and value not in bounds:
-        finite = "" if math.isfinite(value) else "finite and "
+        finite = "" if is_finite(value) else "finite and "
         raise InputError(f"{name} is {value}; it must be {finite}{bounds}")
     return value
 

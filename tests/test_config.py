@@ -45,6 +45,7 @@ def test_allowed_values_are_kept_and_numbers_of_numpy_become_python_s():
         ({"scale": -0.1}, "scale is -0.1; it must be at least 0"),
         ({"scale": math.inf}, "scale is inf; it must be finite and at least 0"),
         ({"scale": math.nan}, "scale is nan; it must be finite and at least 0"),
+        ({"count": 10**400}, f"count is {10**400}; it must be in [1, 9]"),
         ({"scale": None}, "scale is None; it must be of type float"),
         ({"kind": "c"}, "kind is 'c'; allowed: a, b"),
         ({"flag": 1}, "flag is 1; it must be of type bool"),
