@@ -134,6 +134,7 @@ def captioned_table(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     min_side: int = 96,
+    cell_labels: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """Arrange images in a labelled table.
 
@@ -142,6 +143,7 @@ def captioned_table(
         row_labels: a caption to the left of each row; empty for none.
         column_labels: a caption above each column; empty for none.
         min_side: small images are enlarged by an integer factor until a side has about this many pixels.
+        cell_labels: a caption below each image; empty for none.
     """
     width, height = next(picture.size for row in rows for picture in row if picture)
     factor = max(1, round(min_side / height))
@@ -150,17 +152,23 @@ def captioned_table(
     left = gap + max((int(font.getlength(label)) + 8 for label in row_labels), default=0)
     top = gap + (22 if column_labels else 0)
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    line = height + gap + (18 if cell_labels else 0)
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * line), "white")
     draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(row_labels):
-        draw.text((gap, top + i * (height + gap) + height // 2), label, "black", font, anchor="lm")
+        draw.text((gap, top + i * line + height // 2), label, "black", font, anchor="lm")
     for j, label in enumerate(column_labels):
         draw.text((left + j * (width + gap) + width // 2, gap + 9), label, "black", font, anchor="mm")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             if picture:
                 enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (left + j * (width + gap), top + i * (height + gap)))
+                sheet.paste(enlarged, (left + j * (width + gap), top + i * line))
+    for i, row_of_labels in enumerate(cell_labels):
+        for j, label in enumerate(row_of_labels):
+            while font.getlength(label) > width:
+                label = label[:-1]
+            draw.text((left + j * (width + gap) + width // 2, top + i * line + height + 9), label, "black", font, "mm")
     return sheet
 
 

@@ -1,6 +1,7 @@
 """A run of sample.py: draw many images in batches, in one process or several, and write the files."""
 
 import logging
+import math
 import re
 import shutil
 import signal
@@ -225,7 +226,7 @@ class Session:
         shutil.rmtree(self.partial)
 
     def _grid(self, images: Sequence[int], lengths: dict[int, int]) -> Image.Image:
-        """With previews: a row for each image, a column for each k. Without: a row for each class."""
+        """With previews a row for each image and a column for each k; without, a row for each class with several."""
         images = images[:GRID_IMAGES]
         rows, labels = [self.request.rows[i] for i in images], [self.request.images.class_labels[i] for i in images]
         names = {label: self.pipeline.config.class_names[label].split(",")[0][:22] for label in labels}
@@ -237,6 +238,11 @@ class Session:
             table = [list(cells) for cells in zip(*columns.values(), finals, strict=True)]
             last = f"k={reached}" if len(set(lengths.values())) == 1 else "as far as drawn"
             return captioned_table(table, [names[label] for label in labels], [*(f"k={k}" for k in columns), last])
+        if len(names) == len(images):
+            side = math.isqrt(len(images) - 1) + 1
+            lines = [slice(start, start + side) for start in range(0, len(images), side)]
+            captions = [names[label] for label in labels]
+            return captioned_table([finals[line] for line in lines], cell_labels=[captions[line] for line in lines])
         by_class = {
             label: [final for final, own in zip(finals, labels, strict=True) if own == label] for label in names
         }

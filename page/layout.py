@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SHOWN_SIDE = 384  # pixels of a side on the page
 CSS = f"""
 .canvas {{ min-height: {SHOWN_SIDE + 48}px; text-align: center; }}
-.canvas img {{ width: min({SHOWN_SIDE}px, 100%); margin: 0 auto 8px; image-rendering: pixelated; border-radius: 8px; }}
+.canvas img {{ width: min({SHOWN_SIDE}px, 100%); margin: 0 auto 8px; border-radius: 8px; }}
 .canvas .empty {{ height: {SHOWN_SIDE}px; display: flex; align-items: center; justify-content: center; opacity: .6; }}
 .canvas progress {{ width: min({SHOWN_SIDE}px, 100%); accent-color: #6366f1; }}
 .counter {{ font-variant-numeric: tabular-nums; }}
@@ -44,11 +44,11 @@ def png_url(image: Image.Image) -> str:
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def canvas_html(drawing: Drawing, image: Image.Image, num_tokens: int) -> str:
+def canvas_html(drawing: Drawing, image: Image.Image, num_tokens: int, *, draft: bool = False) -> str:
     """An image with the counter of its tokens and of milliseconds."""
     k = drawing.num_tokens
     return (
-        f'<img src="{png_url(image)}" alt="image of {k} tokens">'
+        f'<img src="{png_url(image)}" alt="{"draft" if draft else "image"} of {k} tokens">'
         f'<progress max="{num_tokens}" value="{k}"></progress>'
         f'<div class="counter">k = <span class="k">{k}</span> of {num_tokens} · {1000 * drawing.seconds:.0f} ms</div>'
     )
@@ -144,7 +144,8 @@ class Page:
             start.click(self._draw, self.controls, outputs, show_progress="minimal"),
             more.click(self._continue, drawing, outputs, show_progress="minimal"),
         ]
-        stop.click(None, cancels=events, queue=False)
+        stopped = stop.click(None, cancels=events, queue=False)
+        stopped.then(self._stopped, drawing, canvas, show_progress="hidden")
         self._files(drawing)
 
     def _sketches_tab(self) -> None:
@@ -182,7 +183,7 @@ class Page:
         total = self.studio.num_tokens
         for found, image in self.studio.draw(drawing):
             k = found.num_tokens
-            yield canvas_html(found, image, total), found, gr.Slider(maximum=max(k, 2), value=k)
+            yield canvas_html(found, image, total, draft=k < total), found, gr.Slider(maximum=max(k, 2), value=k)
 
     def _streamed(self, drawing: Callable[[], Drawing]) -> Iterator[Any]:
         with shown_errors():
@@ -212,12 +213,19 @@ class Page:
     def _look(self, k: int, drawing: Drawing | None) -> str:
         drawing = _there(drawing)
         shown = replace(drawing, tokens=drawing.tokens[: max(1, int(k))])
-        return canvas_html(shown, self.studio.images([shown])[0], self.studio.num_tokens)
+        return canvas_html(shown, self.studio.image(shown), self.studio.num_tokens)
+
+    @shown_errors()
+    def _stopped(self, drawing: Drawing | None) -> Any:
+        """Replace the draft that is shown."""
+        if drawing is None:
+            return gr.skip()
+        return canvas_html(drawing, self.studio.image(drawing), self.studio.num_tokens)
 
     @shown_errors()
     def _sketches(self, *controls: Any) -> tuple[list[tuple[Image.Image, str]], list[Drawing]]:
         sketches = self.studio.sketches(self.studio.choice(*controls))
-        images = self.studio.images(sketches)
+        images = self.studio.images(sketches, draft=True)
         titles = [f"seed {sketch.choice.seed}" for sketch in sketches]
         enlarged = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
         return list(zip(enlarged, titles, strict=True)), sketches
@@ -234,7 +242,7 @@ class Page:
 
     @shown_errors()
     def _png(self, drawing: Drawing | None) -> gr.DownloadButton:
-        image = self.studio.images([_there(drawing)])[0]
+        image = self.studio.image(_there(drawing))
         return _download("image.png", lambda path: image.save(path))
 
     @shown_errors()
@@ -248,7 +256,7 @@ class Page:
     def _animation(self, drawing: Drawing | None) -> gr.DownloadButton:
         drawing = _there(drawing)
         stride = max(1, drawing.num_tokens // 32)
-        images = self.studio.prefixes(drawing, [*range(1, drawing.num_tokens, stride), drawing.num_tokens])
+        images = self.studio.prefixes(drawing, [*range(1, drawing.num_tokens, stride), drawing.num_tokens], draft=True)
         return _download("animation.webp", lambda path: save_animation(images, path))
 
 

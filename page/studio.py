@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import InputError
 from common.images import load_image, to_pil
@@ -17,6 +18,7 @@ from page.config import Choice
 SKETCHES, SKETCH_TOKENS = 9, 32
 MAX_FILE_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000
 FRAME_SECONDS = 0.06  # between frames, or as long as making one takes
+DRAFT_STEPS = 2  # of the refiner, for images that are replaced soon or are many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +72,12 @@ class Studio:
     def draw(self, drawing: Drawing) -> Iterator[tuple[Drawing, Image.Image]]:
         """Continue a drawing to its last token: the drawing and its image, as often as images can be made.
 
-        Stop by not asking for the next one. The tokens are those of an uninterrupted drawing with the same choice. A
-        complete drawing is given as it is: a visitor's Stop may arrive after the last token.
+        Stop by not asking for the next one. All images but the last are drafts (see `images`). The tokens are those of
+        an uninterrupted drawing with the same choice. A complete drawing is given as it is: a visitor's Stop may arrive
+        after the last token.
         """
         if drawing.num_tokens >= self.num_tokens:
-            yield drawing, self.images([drawing])[0]
+            yield drawing, self.image(drawing)
             return
         begun = time.perf_counter()
         shown, cost = -1.0, 0.0
@@ -83,7 +86,7 @@ class Studio:
             if now - shown < max(FRAME_SECONDS, cost) and step.drawing:
                 continue
             (found,) = self._drawings([drawing], step)
-            image = self.images([found])[0]
+            image = self.image(found, draft=bool(step.drawing))
             shown = time.perf_counter()
             cost = shown - now
             yield replace(found, seconds=drawing.seconds + shown - begun), image
@@ -98,18 +101,23 @@ class Studio:
         seconds = time.perf_counter() - begun
         return [replace(drawing, seconds=seconds) for drawing in self._drawings(drawings, step)]
 
-    def images(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
-        """Decode drawings of the same number of tokens, and refine them if their choice says so."""
+    def image(self, drawing: Drawing, *, draft: bool = False) -> Image.Image:
+        """The image of a drawing; see `images`."""
+        return self.images([drawing], draft=draft)[0]
+
+    def images(self, drawings: Sequence[Drawing], *, draft: bool = False) -> list[Image.Image]:
+        """Decode drawings of any lengths, and refine them if the first one's choice says so; a draft in fewer steps."""
         choices = [drawing.choice for drawing in drawings]
         decoder = self.pipeline.images([choice.class_label for choice in choices], [choice.seed for choice in choices])
-        tokens = torch.tensor([drawing.tokens for drawing in drawings])
-        refinement = self.pipeline.refinement(None if choices[0].refine else 0)
-        pending = decoder.start(tokens, torch.full((len(drawings),), tokens.shape[1]), refinement or 0)
+        tokens = pad_sequence([torch.tensor(drawing.tokens) for drawing in drawings], batch_first=True)
+        lengths = torch.tensor([drawing.num_tokens for drawing in drawings])
+        refine = (DRAFT_STEPS if draft else None) if choices[0].refine else 0
+        pending = decoder.start(tokens, lengths, self.pipeline.refinement(refine) or 0)
         return [to_pil(image) for image in pending.images()]
 
-    def prefixes(self, drawing: Drawing, lengths: Sequence[int]) -> list[Image.Image]:
+    def prefixes(self, drawing: Drawing, lengths: Sequence[int], *, draft: bool = False) -> list[Image.Image]:
         """The image at each of some k."""
-        return [self.images([replace(drawing, tokens=drawing.tokens[:k])])[0] for k in lengths]
+        return self.images([replace(drawing, tokens=drawing.tokens[:k]) for k in lengths], draft=draft)
 
     def lengths(self, num_tokens: int) -> list[int]:
         """1, 4, 16, 32, 64, 128, ... below a number of tokens, and that."""

@@ -11,13 +11,16 @@ from common.errors import InputError
 class RefinerSize(Config):
     """Size of the network, a transformer over patches; the defaults are for images of 64 x 64."""
 
-    layers: int = setting(6, "transformer blocks", ge=1, le=2**10)
+    layers: int = setting(4, "transformer blocks on whole patches", ge=1, le=2**10)
+    outer_layers: int = setting(1, "blocks on quarters of patches, before those and again after them", ge=1, le=2**10)
     heads: int = setting(8, "attention heads", ge=1, le=2**10)
     width: int = setting(256, "width of the residual stream", ge=1, le=2**14)
-    patch_size: int = setting(8, "pixels of a patch's side", ge=1, le=2**10)
+    patch_size: int = setting(8, "pixels of a patch's side, an even number", ge=2, le=2**10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patch_size % 2:
+            raise InputError(f"patch_size is {self.patch_size}; it must be even")
         if self.width % (2 * self.heads):
             raise InputError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.checkpoint import SavedModel
 from refiner.config import RefinerConfig
 
-TRUNK_MAPS, PIXEL_MAPS = 16, 32  # feature maps at full resolution, from the transformer and of the pixel head
+TRUNK_MAPS, PIXEL_MAPS = 16, 48  # feature maps at full resolution, from the transformer and of the pixel head
 LEAST_LEFT = 0.05  # of the time to the end of the flow, in the velocity
 
 
@@ -23,9 +23,11 @@ def sinusoids(values: Tensor, size: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block on patches, modulated by an embedding (adaLN-Zero, Peebles and Xie, 2022, section 3.2).
+    """Transformer block on patches, modulated by six vectors: a sum of shared ones and of its own.
 
-    The MLP has a depthwise convolution, so that neighbouring patches fit together (Xie et al., 2021, section 3.1).
+    The shared ones are computed once from time, k and class (adaLN-single, Chen et al., 2023, arXiv 2310.00426, section
+    2.3). Queries and keys are normalized (Dehghani et al., 2023, arXiv 2302.05442, section 2). A depthwise
+    convolution before the MLP mixes neighbouring patches (Guo et al., 2022, CMT, section 3.2).
     """
 
     def __init__(self, width: int, heads: int, side: int):
@@ -33,27 +35,29 @@ class Block(nn.Module):
         self.heads, self.side = heads, side
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.query_key_value = nn.Linear(width, 3 * width)
+        self.query_norm, self.key_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
         self.attention_out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.up = nn.Linear(width, 4 * width)
-        self.mix = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)[:, None].chunk(6, dim=-1)  # b 1 d
-        normed = self.attention_norm(hidden) * (1 + scale1) + shift1  # b s d
-        query, key, value = rearrange(
-            self.query_key_value(normed), "b s (three m e) -> three b m s e", three=3, m=self.heads
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value)  # b m s e
+    def forward(self, hidden: Tensor, shared: Tensor) -> Tensor:
+        # fmt: off
+        shift1, scale1, gate1, shift2, scale2, gate2 = (shared + self.modulation)[:, :, None].unbind(1)  # b 1 d
+        normed = self.attention_norm(hidden) * (1 + scale1) + shift1                            # b s d
+        fused = self.query_key_value(normed)                                                    # b s 3me
+        query, key, value = rearrange(fused, "b s (three m e) -> three b m s e", three=3, m=self.heads)
+        query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)  # b m s e
+        mixed = F.scaled_dot_product_attention(query, key, value)                               # b m s e
         hidden = hidden + gate1 * self.attention_out(rearrange(mixed, "b m s e -> b s (m e)"))  # b s d
-        normed = self.mlp_norm(hidden) * (1 + scale2) + shift2  # b s d
-        maps = rearrange(self.up(normed), "b (h w) f -> b f h w", h=self.side)
-        maps = F.gelu(maps + self.mix(maps), approximate="tanh")  # b f h w
-        out: Tensor = self.down(rearrange(maps, "b f h w -> b (h w) f"))
-        result: Tensor = hidden + gate2 * out  # b s d
-        return result
+        normed = self.mlp_norm(hidden) * (1 + scale2) + shift2                                  # b s d
+        maps = self.mix(rearrange(normed, "b (h w) d -> b d h w", h=self.side))                 # b d h w
+        normed = normed + rearrange(maps, "b d h w -> b (h w) d")                               # b s d
+        update: Tensor = self.down(F.gelu(self.up(normed), approximate="tanh"))                 # b s d
+        return hidden + gate2 * update                                                          # b s d
+        # fmt: on
 
 
 class PixelHead(nn.Module):
@@ -84,9 +88,10 @@ class PixelHead(nn.Module):
 class Refiner(SavedModel):
     """Transformer over patches that predicts a velocity, from a point of the flow and the decoded image of k tokens.
 
-    Rectified flow (Liu et al., 2022, arXiv 2209.03003) with a network of Peebles and Xie (2022, arXiv 2212.09748). The
-    network predicts the end of the flow, of which the velocity follows: a patch has as many numbers as the network is
-    wide, too many to pass on the noise that they hold (Li and He, 2025, arXiv 2511.13720).
+    The first and last blocks see patches of half the side, the others 2 x 2 of them merged, with a skip connection
+    (Crowson et al., 2024, arXiv 2401.11605, section 4). Rectified flow (Liu et al., 2022, arXiv 2209.03003) with blocks
+    of Peebles and Xie (2022, arXiv 2212.09748). The network predicts the end of the flow, of which the velocity
+    follows: a patch has too many numbers to pass on the noise that they hold (Li and He, 2025, arXiv 2511.13720).
     """
 
     config_class = RefinerConfig
@@ -95,14 +100,20 @@ class Refiner(SavedModel):
 
     def __init__(self, config: RefinerConfig):
         super().__init__(config)
-        width, patch = config.width, config.patch_size
+        width, patch = config.width, config.patch_size // 2
         side = config.image_size // patch
         # no nn.Embedding: its normal_ on the meta device, when weights are loaded, would import torch's compiler
         self.class_vectors = nn.Parameter(torch.empty(len(config.class_names) + 1, width))
         self.embed = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
         self.stem = nn.Linear(6 * patch**2, width)
         self.positions = nn.Parameter(torch.zeros(side * side, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads, side) for _ in range(config.layers))
+        self.block_modulation = nn.Linear(width, 6 * width)
+        self.before, self.after = (
+            nn.ModuleList(Block(width, config.heads, side) for _ in range(config.outer_layers)) for _ in range(2)
+        )
+        self.merge = nn.Linear(4 * width, width)
+        self.blocks = nn.ModuleList(Block(width, config.heads, side // 2) for _ in range(config.layers))
+        self.split = nn.Linear(width, 4 * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, TRUNK_MAPS * patch**2)
@@ -114,8 +125,8 @@ class Refiner(SavedModel):
         """Every block is the identity and the prediction 0 at the start."""
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.class_vectors, std=0.5)
-        layers: list[Any] = [module.modulation for module in self.modules() if isinstance(module, Block)]
-        for layer in (*layers, self.modulation, self.pixels.modulation, self.pixels.outward):
+        mixing: list[Any] = [module.mix for module in self.modules() if isinstance(module, Block)]
+        for layer in (*mixing, self.block_modulation, self.modulation, self.pixels.modulation, self.pixels.outward):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -133,17 +144,28 @@ class Refiner(SavedModel):
             (b 3 H W) float32.
         """
         config = self.config
-        share = torch.log(num_tokens.float()) / math.log(max(config.num_channels, 2))  # b
-        where = torch.cat([sinusoids(part, config.width) for part in (time, share)], dim=1)  # b 2d
+        # fmt: off
+        share = torch.log(num_tokens.float()) / math.log(max(config.num_channels, 2))           # b
+        where = torch.cat([sinusoids(part, config.width) for part in (time, share)], dim=1)     # b 2d
         embedding = F.silu(self.embed(where.to(self.dtype)) + self.class_vectors[class_labels])  # b d
-        inputs = torch.cat([point, decoded], dim=1).to(self.dtype)  # b 6 H W
-        patches = F.pixel_unshuffle(inputs, config.patch_size)  # b (6 p p) h w
-        hidden = self.stem(rearrange(patches, "b c h w -> b (h w) c")) + self.positions  # b s d
+        shared = rearrange(self.block_modulation(embedding), "b (six d) -> b six d", six=6)
+        inputs = torch.cat([point, decoded], dim=1).to(self.dtype)                              # b 6 H W
+        patches = F.pixel_unshuffle(inputs, config.patch_size // 2)                             # b (6 p p) 2h 2w
+        fine = self.stem(rearrange(patches, "b c h w -> b (h w) c")) + self.positions           # b 4s d
+        for block in self.before:
+            fine = block(fine, shared)
+        grid = {"h": patches.shape[2] // 2, "i": 2, "j": 2}
+        hidden = self.merge(rearrange(fine, "b (h i w j) d -> b (h w) (i j d)", **grid))        # b s d
         for block in self.blocks:
-            hidden = block(hidden, embedding)
-        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # b 1 d
-        hidden = self.head(self.norm(hidden) * (1 + scale) + shift)  # b s (16 p p)
-        maps = rearrange(hidden, "b (h w) c -> b c h w", h=patches.shape[2])
-        maps = torch.cat([F.pixel_shuffle(maps, config.patch_size).to(inputs.dtype), inputs], dim=1)  # b 22 H W
-        end: Tensor = self.pixels(maps.contiguous(memory_format=torch.channels_last), embedding).float()  # b 3 H W
+            hidden = block(hidden, shared)
+        fine = fine + rearrange(self.split(hidden), "b (h w) (i j d) -> b (h i w j) d", **grid)  # b 4s d
+        for block in self.after:
+            fine = block(fine, shared)
+        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)                     # b 1 d
+        fine = self.head(self.norm(fine) * (1 + scale) + shift)                                 # b 4s (16 p p)
+        maps = rearrange(fine, "b (h w) c -> b c h w", h=patches.shape[2])                      # b (16 p p) 2h 2w
+        maps = F.pixel_shuffle(maps, config.patch_size // 2).to(inputs.dtype)                   # b 16 H W
+        maps = torch.cat([maps, inputs], dim=1).contiguous(memory_format=torch.channels_last)   # b 22 H W
+        end: Tensor = self.pixels(maps, embedding).float()                                      # b 3 H W
         return (end - point) / (1 - time.float()).clamp(min=LEAST_LEFT)[:, None, None, None]
+        # fmt: on

@@ -243,10 +243,10 @@ def continue_some(
         labels: (b,) classes, on the CPU.
         part: the rows of the micro-batch.
         share: of images, at most; of those with one token used none is changed.
-        continue_tokens: see `Codec`; keeps half of the tokens used or more.
+        continue_tokens: see `Codec`; keeps from 1 to all of the tokens used, evenly in the logarithm.
     """
     uniform = torch.rand(part.batch_size, 2, generator=part.rng(Stream.CONTINUED))[list(part.rows)]
-    kept = (num_tokens * (0.5 + 0.5 * uniform[:, 1])).ceil().long()
+    kept = (num_tokens ** uniform[:, 1]).ceil().long()
     rows = ((uniform[:, 0] < share) & (kept < num_tokens)).nonzero()[:, 0]
     if not len(rows):
         return tokens

@@ -232,6 +232,7 @@ def test_the_page_in_a_browser(
     assert 5 <= stopped <= 200
     time.sleep(1)
     assert count() == stopped
+    eventually(lambda: element("#canvas img").get_attribute("alt") == f"image of {stopped} tokens")
     browser.save_screenshot(shots / "stopped.png")
     image = element("#canvas img").get_attribute("src")
     element("#continue").click()
@@ -242,8 +243,8 @@ def test_the_page_in_a_browser(
         "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
         "arguments[0].dispatchEvent(new Event('blur', {bubbles: true}));", slider, stopped,
     )  # fmt: skip
-    eventually(lambda: count() == stopped)
-    assert element("#canvas img").get_attribute("src") == image
+    eventually(lambda: element("#canvas img").get_attribute("src") == image)
+    assert count() == stopped
 
     tab("Sketches")
     eventually(lambda: element("#sketch")).click()

@@ -235,10 +235,14 @@ def test_refining_loads_no_compiler(model_folder: Path) -> None:
 def test_a_captured_integration_is_the_direct_one() -> None:
     images = torch.randint(256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
     arguments = images, [1, 4, 16], [0, 1, 5], [7, 8, 9], Refinement(3, 1.5)
-    direct = ImageRefiner(tiny_refiner("x"), dtype=torch.float32)(*arguments)
-    captured = ImageRefiner(tiny_refiner("x").to("cuda"), dtype=torch.float32)
+    refiner = tiny_refiner("x")
+    for parameter in refiner.parameters():
+        parameter.data /= 4  # large weights enlarge the rounding of TF32
+    direct = ImageRefiner(refiner, dtype=torch.float32)(*arguments).int()
+    assert (direct - images).abs().float().mean() > 5
+    captured = ImageRefiner(refiner.to("cuda"), dtype=torch.float32)
     for _ in range(2):
-        assert (captured(*arguments).cpu().int() - direct.int()).abs().max() <= 1
+        assert (captured(*arguments).cpu().int() - direct).abs().max() <= 2
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -246,6 +250,7 @@ def test_a_captured_integration_is_the_direct_one() -> None:
 
 def test_tokens_have_the_errors_of_a_generator() -> None:
     count, generated = 400, 63
+    shares_kept: list[float] = []
 
     def continue_tokens(
         tokens: Tensor, kept: list[int], wanted: list[int], labels: list[int], seeds: list[int]
@@ -253,7 +258,8 @@ def test_tokens_have_the_errors_of_a_generator() -> None:
         assert len(set(seeds)) == len(tokens) == len(labels)
         drawn = torch.full((len(tokens), max(wanted)), generated)
         for row, (given, length) in enumerate(zip(kept, wanted, strict=True)):
-            assert length / 2 <= given < length
+            assert 1 <= given < length
+            shares_kept.append(math.log(given) / math.log(length))
             drawn[row, :given] = tokens[row, :given]
         return drawn
 
@@ -266,8 +272,8 @@ def test_tokens_have_the_errors_of_a_generator() -> None:
     assert shares.std() > 0.04, "each image has a probability of its own"
     clean = torch.zeros(count, C, dtype=torch.long)
     found = continue_some(clean, lengths, labels, part, 0.5, continue_tokens) == generated
-    positions = torch.arange(C)
-    assert not found[positions < (lengths[:, None] / 2).ceil()].any()
+    assert not found[:, 0].any()
+    assert 0.4 < sum(shares_kept) / len(shares_kept) < 0.7, "from 1 to all tokens, evenly in the logarithm"
     assert found.any(1)[lengths > 4].float().mean().item() == pytest.approx(0.5, abs=0.12)
 
 
@@ -410,7 +416,7 @@ def test_refiners_that_do_not_fit_are_refused(
     plain = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
     with pytest.raises(InputError, match="no refiner"):
         plain([1], 2, refine=4)
-    for flags, named in ((("--patch-size", 5), "patch_size 5"), (("--tokenizer", tmp_path / "none"), "no folder")):
+    for flags, named in ((("--patch-size", 6), "patch_size 6"), (("--tokenizer", tmp_path / "none"), "no folder")):
         done = trained(tmp_path / "run", *flags)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert named in done.err

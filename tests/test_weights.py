@@ -19,7 +19,7 @@ def test_it_is_small_and_of_256_tokens() -> None:
     assert len(pipeline.config.class_names) == 100
     assert pipeline.config.has_null_label
     assert pipeline.tokenizer.config.image_size == 64
-    assert pipeline.refinement(None) == Refinement(4, cfg_scale=2.0, temperature=0.8)
+    assert pipeline.refinement(None) == Refinement(4, cfg_scale=3.0, temperature=0.97)
     assert pipeline.sampling().cfg_scale == 3  # sampling.json belongs to these weights
     for part in ("tokenizer", "generator", "refiner"):
         with safe_open(DEMO / part / "model.safetensors", "pt") as weights:

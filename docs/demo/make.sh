@@ -3,7 +3,7 @@
 #
 #   bash docs/demo/make.sh KIND PHOTOS NAMES OUTPUT
 #
-#   KIND    gpu: weights/demo, eight minutes of one large GPU and 16 cores, and some for the measurements
+#   KIND    gpu: a model like weights/demo, on one large GPU and 16 cores
 #           cpu: a smaller one, an hour and a half of two cores
 #           tiny: a rehearsal of all stages in minutes, with models that have learned nothing
 #   PHOTOS  train/<class>/* and val/<class>/*
