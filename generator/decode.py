@@ -45,7 +45,7 @@ def materialize(x: Tensor) -> Tensor:
 def _library_linear(rows: Tensor, weight: Tensor) -> Tensor:
     if rows.device.type == "cpu" and weight.dtype == torch.float32 and len(rows) <= FEW_ROWS:
         # a matrix times two columns is faster than times one
-        columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
+        columns = torch.cat([rows, rows]).t() if len(rows) == 1 else rows.t()
         return (weight @ columns).t()[: len(rows)].contiguous()
     return F.linear(rows.to(weight.dtype), weight).float()
 
