@@ -133,6 +133,20 @@ def test_own_lengths_out_of_range_are_refused(tokenizer, lengths):
     assert "1..5" in refusal(tokenizer.detokenize, tokens, torch.tensor(lengths))
 
 
+@pytest.mark.parametrize("value", [-1, 2**40, 0.5, True])
+def test_tokens_out_of_range_are_refused(tokenizer, value):
+    tokens = torch.zeros(2, 3, dtype=torch.tensor(value).dtype)
+    tokens[1, 2] = value
+    with pytest.raises(InputError, match="tokens"):
+        tokenizer.detokenize(tokens)
+    if isinstance(value, int) and value is not True:  # not where they are not used
+        tokenizer.detokenize(tokens, torch.tensor([3, 2]))
+    largest = torch.full((1, 1), tokenizer.config.codebook_size - 1)
+    assert torch.equal(tokenizer.detokenize(largest.to(torch.uint16)), tokenizer.detokenize(largest))
+    with pytest.raises(InputError, match="allowed are"):
+        tokenizer.detokenize(largest + 1)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 1, 32, 32), (3, 32, 32), (1, 3, 32, 16)])
 def test_images_of_another_size_are_refused(tokenizer, shape):
     assert "(b, 3, 32, 32)" in refusal(tokenizer.tokenize, torch.zeros(shape))

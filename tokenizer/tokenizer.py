@@ -130,13 +130,16 @@ class ChannelTokenizer(SavedModel):
             num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
 
         Raises:
-            InputError: a shape or a length outside these ranges.
+            InputError: a shape, a length or a token outside these ranges. The range of tokens on a GPU is not checked,
+                since that would wait for it.
         """
-        channels = self.config.num_channels
+        channels, codes = self.config.num_channels, self.config.codebook_size
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            raise InputError(f"tokens are {tokens.dtype}; they must be integers in 0..{codes - 1}")
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= channels:
             raise InputError(f"tokens are {tuple(tokens.shape)}; this tokenizer takes (b, k) with k in 1..{channels}")
         # all C rows are projected whatever k is: a product of another shape may differ in its last bits
-        padded = F.pad(tokens, (0, channels - tokens.shape[1]))
+        padded = F.pad(tokens.long(), (0, channels - tokens.shape[1]))
         latents = self.quantizer.to_latents(unpack_bits(padded, self.config.num_bits))
         if num_tokens is None:
             num_tokens = torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
@@ -144,7 +147,12 @@ class ChannelTokenizer(SavedModel):
             raise InputError(
                 f"num_tokens is {num_tokens.tolist()}; give one length in 1..{tokens.shape[1]} for each row"
             )
-        return drop_tail(latents, prefix_mask(num_tokens.to(tokens.device), channels))
+        keep = prefix_mask(num_tokens.to(tokens.device), channels)
+        if tokens.device.type == "cpu":
+            used = padded[keep]
+            if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < codes:
+                raise InputError(f"tokens range from {used.min()} to {used.max()}; allowed are 0..{codes - 1}")
+        return drop_tail(latents, keep)
 
     @torch.no_grad()
     def detokenize(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
