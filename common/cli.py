@@ -166,7 +166,11 @@ def _yaml_as_flags(path: Path, parser: argparse.ArgumentParser, allowed: Sequenc
 
 
 def parse(
-    *kinds: type, argv: Sequence[str] | None = None, description: str | None = None, command: str | None = None
+    *kinds: type,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    command: str | None = None,
+    adapt: Callable[[dict[str, Any]], None] = lambda values: None,
 ) -> tuple[Any, ...]:
     """Parse the command line into one instance of each class.
 
@@ -175,6 +179,7 @@ def parse(
         argv: the words after the program's name; None reads the process's own.
         description: shown by --help.
         command: the sub-command that these flags belong to, shown by --help.
+        adapt: changes the values by name, in place, before they are checked.
 
     Raises:
         InputError: an unknown name, a value of the wrong type, or what the classes refuse.
@@ -209,6 +214,7 @@ def parse(
         flags = [_flag(name) for name in [*fields, "config", "print_config", "version"]]
         raise InputError(f"unknown argument {rest[0]!r}; {nearest(rest[0].split('=')[0], flags)}")
     values = vars(known)
+    adapt(values)
     _check_folders(kinds, values)
     made = tuple(kind(**{entry.name: values[entry.name] for entry in dataclasses.fields(kind)}) for kind in kinds)
     if values["print_config"]:

@@ -46,6 +46,7 @@ COMMANDS = {
     "demo.py": (PageConfig,),
     **{f"benchmark.py {name}": kinds for name, (_, kinds) in benchmark.COMMANDS.items()},
 }
+PHOTOS = "--data-dir", "photos", "--output-dir", "run"
 PACKAGES = "common|evaluation|generator|page|refiner|tokenizer|training"
 DOCUMENTS = [path for path in (REPO / "README.md", *sorted(REPO.glob("docs/*.md"))) if path.name != "lab.md"]
 
@@ -187,3 +188,22 @@ def test_flags_in_the_documentation_exist(document):
             words = re.findall(r"(?<![\w-])--[a-z][\w-]*", snippet[command.end() if command else 0 :])
             unknown += [f"{snippet}: {word}" for word in words if word not in {*allowed, "--config", "--help"}]
     assert not unknown
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("config", [None, "cpu-tokenizer", "gpu-tokenizer"])
+def test_an_image_size_alone_selects_a_network_that_fits(scripts, size, config):
+    words = ["--config", REPO / "configs" / f"{config}.yaml"] if config else []
+    done = scripts("train_tokenizer.py", *words, *PHOTOS, "--image-size", size, "--print-config")
+    assert done.code == 0, done.err
+    found = yaml.safe_load(done.out)
+    assert found["image_size"] == size
+    given = yaml.safe_load(words[1].read_text()) if words else {"image_size": 256, "encoder_widths": [128] * 6}
+    stages = len(given["encoder_widths"]) + (size // given["image_size"]).bit_length() - 1
+    assert size < given["image_size"] or len(found["encoder_widths"]) == stages
+
+
+def test_stages_that_are_given_are_not_changed(scripts):
+    done = scripts("train_tokenizer.py", *PHOTOS, "--image-size", 32, "--decoder-widths", 64, 64, "--print-config")
+    assert done.code == 2
+    assert "does not fit" in done.err

@@ -1,11 +1,13 @@
 """Architecture of the tokenizer; imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from common.config import Config, setting
 from common.errors import InputError
 
 SSIM_WINDOW = 11  # pixels
+LATENT_UPSAMPLINGS = {4: 2, 8: 1}  # to 16, by the side of the latent
 GROUPS = 32  # of every GroupNorm, so every width is a multiple of it
 
 
@@ -83,13 +85,41 @@ class TokenizerConfig(Config):
     @property
     def latent_upsamplings(self) -> int:
         """Doublings before the decoder's first stage: latents of 4 and 8 go to 16, others stay."""
-        return {4: 2, 8: 1}.get(self.latent_size, 0)
+        return LATENT_UPSAMPLINGS.get(self.latent_size, 0)
 
     @property
     def output_size(self) -> int:
         """Height and width of a decoded image, in pixels."""
         doublings = self.latent_upsamplings + len(self.decoder_widths) - 1
         return self.latent_size * 2**doublings * self.patch_size
+
+
+def fit_widths(values: dict[str, Any]) -> None:
+    """Change encoder_widths, decoder_widths and patch_size, in place, to what image_size needs.
+
+    A larger image adds stages of the first width. A smaller one removes the first stages; if one is left, it halves
+    patch_size.
+
+    Args:
+        values: fields of `TokenizerConfig`, not checked yet; sizes that fit nothing are left for its check.
+    """
+    encoder, decoder = list(values["encoder_widths"]), list(values["decoder_widths"])
+    latent, patch, size = (values[name] for name in ("latent_size", "patch_size", "image_size"))
+    if min(len(encoder), len(decoder), latent, patch) < 1:
+        return
+    output = latent * 2 ** (LATENT_UPSAMPLINGS.get(latent, 0) + len(decoder) - 1) * patch
+    while output < size:
+        encoder.insert(0, encoder[0])
+        decoder.insert(0, decoder[0])
+        output *= 2
+    while output > size and (len(decoder) > 1 or patch % 2 == 0):
+        if len(decoder) > 1:
+            decoder.pop(0)
+            encoder = encoder[1:] if len(encoder) > 2 else encoder
+        else:
+            patch //= 2
+        output //= 2
+    values |= {"encoder_widths": encoder, "decoder_widths": decoder, "patch_size": patch}
 
 
 def evaluation_lengths(num_channels: int) -> list[int]:
