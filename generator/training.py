@@ -179,12 +179,16 @@ class GeneratorTrainer(Trainer):
         self.latest = figures["nats"]
         return figures
 
-    def export(self, averaged: GeneratorObjective) -> None:
-        """Write generator/, with keep_best only if the validation loss is the lowest so far."""
+    def keeps_evaluated(self) -> bool:
+        """With keep_best only weights with the lowest validation loss so far are written."""
         best = min((found["nats"] for found in self.log.evaluations().values()), default=math.inf)
         if self.training.keep_best and self.latest >= best:
             logger.info("generator/ keeps the weights with %.4f nats, the lowest so far", best)
-            return
+            return False
+        return True
+
+    def export(self, averaged: GeneratorObjective) -> None:
+        """Write generator/."""
         averaged.generator.save_pretrained(self.output_dir / "generator", pick_dtype(self.training.save_dtype))
 
     def finish(self) -> None:

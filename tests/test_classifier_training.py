@@ -76,7 +76,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_two_colours_are_distinguished(unbroken: Path) -> None:
-    assert {path.name for path in unbroken.iterdir()} == {"features.safetensors", "checkpoints", "log.jsonl"}
+    assert {path.name for path in unbroken.iterdir()} == {
+        "README.md", "features.safetensors", "checkpoints", "log.jsonl",
+    }  # fmt: skip
     evaluations = {entry["step"]: entry["evaluation"] for entry in log(unbroken) if "evaluation" in entry}
     assert evaluations.keys() == {15, 30}
     assert evaluations[30]["accuracy"] == 1

@@ -72,8 +72,13 @@ def mistake(done):
 
 def test_a_run_writes_model_checkpoints_pictures_and_log(unbroken):
     assert {path.name for path in unbroken.iterdir()} == {
-        *("model.safetensors", "config.json", "checkpoints", "reconstructions", "log.jsonl"),
+        *("model.safetensors", "config.json", "checkpoints", "reconstructions", "log.jsonl", "README.md"),
     }
+    card = (unbroken / "README.md").read_text()
+    figures = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()][-1]["evaluation"]
+    assert f"- psnr_k4: {figures['psnr_k4']}\n" in card
+    assert "- num_bits: 4\n" in card
+    assert "step 8 " in card and str(unbroken.parent) not in card
     model = ChannelTokenizer.from_pretrained(unbroken)
     assert (model.config.image_size, model.config.num_channels, model.config.num_bits) == (16, 4, 4)
     checkpoints = sorted((unbroken / "checkpoints").iterdir())

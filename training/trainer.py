@@ -26,6 +26,7 @@ from common.config import LoopConfig
 from common.errors import InputError
 from common.files import exclusive_folder
 from common.randomness import Stream, generator_for
+from training.card import CARD, write_card
 from training.checkpoints import MAY_CHANGE, Checkpoints, RunLog
 from training.distributed import make_accelerator, whole
 from training.model_state import EMA, AuxiliaryModel, ModelState, StepLoss, make_optimizer
@@ -34,7 +35,7 @@ from training.schedule import Part, StepSampler, learning_rate_at, split_batch
 logger = logging.getLogger(__name__)
 REPORT_EVERY = 20  # steps
 # in the folder of a run that was killed before its first checkpoint
-BEFORE_CHECKPOINTS = {".lock", "log.jsonl", "refined", "reconstructions", "samples", "tokenizer"}
+BEFORE_CHECKPOINTS = {".lock", CARD, "log.jsonl", "refined", "reconstructions", "samples", "tokenizer"}
 
 
 class Trainer:
@@ -106,11 +107,8 @@ class Trainer:
         self.average: EMA | None = None  # in the main process, or in all if each has a shard
         if averaged is not None or self.sharded:
             self.average = EMA(averaged, self.main.bare, config.ema_decay, sharded=self.sharded)
-        self._states: list[ModelState | EMA] = [
-            self.main,
-            *([self.average] if self.average else []),
-            *self.auxiliary.values(),
-        ]
+        averages = [self.average] if self.average else []
+        self._states: list[ModelState | EMA] = [self.main, *averages, *self.auxiliary.values()]
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
         self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
         self._loss = torch.zeros(())
@@ -134,6 +132,10 @@ class Trainer:
     def evaluate(self, averaged: Any, step: int) -> dict[str, Any]:
         """Figures of the averaged model for the log; also writes pictures. Runs in the main process, without grad."""
         raise NotImplementedError
+
+    def keeps_evaluated(self) -> bool:
+        """Whether the model that was just evaluated is to be written; in the main process."""
+        return True
 
     def export(self, averaged: Any) -> None:
         """Write the averaged model for its users; in the main process."""
@@ -277,7 +279,9 @@ class Trainer:
             try:
                 with stop.interrupting(), torch.no_grad():
                     figures = self.evaluate(averaged, self.step)
-                    self.export(averaged)
+                    if self.keeps_evaluated():
+                        self.export(averaged)
+                        write_card(self.output_dir, type(self).__name__, self.step, self.settings, figures)
                 self.log.append({"step": self.step, "evaluation": figures})
                 self._track({f"evaluation/{name}": value for name, value in figures.items()})
             except runtime.Interrupted:
