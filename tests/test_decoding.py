@@ -4,14 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from common.errors import InputError
 from common.images import to_uint8
 from common.runtime import has_fast_bfloat16, move
 from tokenizer import ChannelTokenizer, PictureDecoder, TokenizerConfig
-from tokenizer.winograd import WinogradConv2d
 
 DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo" / "tokenizer"
 
@@ -42,7 +39,7 @@ def tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def large_maps():
-    """64 x 64 pixels without patches: its decoder has maps of 32 and 64, for which Winograd's algorithm is used."""
+    """64 x 64 pixels without patches: its decoder has maps of 32 and 64."""
     config = TokenizerConfig(
         image_size=64, num_channels=16, encoder_widths=[32] * 5, decoder_widths=[64, 96, 64], num_bits=8, num_heads=4
     )
@@ -245,45 +242,6 @@ def test_seconds_are_measured_once_for_each_batch_size(tokenizer, monkeypatch):
     assert len(calls) > count
     with pytest.raises(InputError, match="batch_size"):
         decoder.seconds(0)
-
-
-@pytest.mark.parametrize("doubling", [False, True])
-@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 64, 32, 48), (3, 5, 64, 8)])
-def test_winograd_is_the_convolution(monkeypatch, shape, doubling):
-    monkeypatch.setattr("tokenizer.winograd.WINOGRAD_NUMBERS", 6000)  # several strips, the last one shorter
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=rng)
-    conv = nn.Conv2d(shape[1], 7, 3, padding=1)
-    with torch.no_grad():
-        for parameter in conv.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng))
-        found = WinogradConv2d(conv, doubling=doubling)(x)
-        exact = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubling else x
-        exact = F.conv2d(exact.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    assert found.shape == exact.shape
-    # torch must see the layout too: a view of one image can have it and yet be copied by every layer that follows
-    assert F.group_norm(found, 7).is_contiguous(memory_format=torch.channels_last)
-    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
-
-
-def test_winograd_is_used_for_large_maps_only(large_maps, tokenizer):
-    def winograd_layers(model, dtype):
-        layers = PictureDecoder(model, dtype=dtype)._decode.modules()
-        return [layer.weight.shape[2] for layer in layers if isinstance(layer, WinogradConv2d)]
-
-    # maps of 32: upsampling, then 64 -> 96 -> 96 -> 96; of 64: upsampling, then 96 -> 64 -> 64 -> 64
-    assert winograd_layers(large_maps, torch.float32) == [64, *[96] * 7, *[64] * 6]
-    assert winograd_layers(large_maps, torch.bfloat16) == []
-    assert winograd_layers(tokenizer, torch.float32) == []
-
-
-def test_maps_that_winograd_cannot_tile_use_the_convolution():
-    sizes = {"image_size": 34, "latent_size": 17, "encoder_widths": [32, 32, 32], "decoder_widths": [64, 64]}
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = ChannelTokenizer(TokenizerConfig(**sizes, num_channels=4, num_bits=8))
-    tokens = random_tokens(model, 2)
-    assert levels(PictureDecoder(model, dtype=torch.float32)(tokens), plain(model, tokens)).max() <= 1
 
 
 @pytest.mark.cuda

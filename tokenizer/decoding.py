@@ -16,7 +16,6 @@ from common.images import to_uint8
 from common.runtime import check_can_compile, has_fast_bfloat16, is_out_of_memory, pick_dtype
 from tokenizer.autoencoder import Decoder
 from tokenizer.tokenizer import ChannelTokenizer
-from tokenizer.winograd import exclude_from_compilation, use_winograd
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +29,11 @@ def _fastest_layout(tokenizer: ChannelTokenizer, dtype: torch.dtype) -> Decoder:
     (docs/lab.md), and on Apple's MPS it gains nothing.
     """
     device = tokenizer.device.type
-    exact_cpu = device == "cpu" and dtype == torch.float32
-    layout = torch.channels_last if exact_cpu or device == "cuda" else torch.contiguous_format
+    fast = device == "cuda" or (device == "cpu" and dtype == torch.float32)
+    layout = torch.channels_last if fast else torch.contiguous_format
     if layout == torch.contiguous_format and dtype == tokenizer.dtype:
         return tokenizer.decoder
-    decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(False).to(dtype=dtype).to(memory_format=layout)
-    if exact_cpu:
-        use_winograd(decoder, tokenizer.config.latent_size)
-    return decoder
+    return copy.deepcopy(tokenizer.decoder).requires_grad_(False).to(dtype=dtype).to(memory_format=layout)
 
 
 class PendingPictures:
@@ -77,8 +73,6 @@ class PictureDecoder:
             check_can_compile(self.device)
         self.dtype = dtype
         decoder = _fastest_layout(tokenizer, dtype)
-        if compile:
-            exclude_from_compilation(decoder)
         self._decode: Callable[[Tensor], Tensor] = torch.compile(decoder) if compile else decoder
         self._at_once = max(1, PIXELS_AT_ONCE // tokenizer.config.image_size**2)
         self._is_short_of_memory = False
