@@ -19,7 +19,7 @@ from common.config import Refinement
 from common.errors import InputError
 from common.images import to_float, to_uint8
 from common.randomness import normals
-from common.runtime import check_can_compile, has_fast_bfloat16, is_out_of_memory, move
+from common.runtime import check_can_compile, has_fast_bfloat16, move
 from refiner.config import RefinerConfig
 from refiner.model import Refiner
 
@@ -176,7 +176,7 @@ class ImageRefiner:
             refinement: steps, guidance and temperature.
 
         Raises:
-            InputError: guidance of a refiner trained without null label, a seed out of range, or too little memory.
+            InputError: guidance of a refiner trained without null label, or a seed out of range.
         """
         if refinement.cfg_scale != 1 and not self.config.has_null_label:
             raise InputError(
@@ -188,19 +188,8 @@ class ImageRefiner:
             torch.tensor(list(class_labels), device=self.device),
             refinement.temperature * normals(seeds, *images.shape[1:]).to(self.device),
         ]
-        found = torch.empty_like(inputs[0])
-        start = 0
-        while start < len(images):
-            part = slice(start, start + self._at_once)
-            try:
-                found[part] = self._integrate([tensor[part] for tensor in inputs], refinement)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._at_once == 1:
-                    raise
-                self._at_once //= 2
-            else:
-                start += self._at_once
-        return to_uint8(found)
+        parts = zip(*(tensor.split(self._at_once) for tensor in inputs), strict=True)
+        return to_uint8(torch.cat([self._integrate(list(part), refinement) for part in parts]))
 
     def _integrate(self, inputs: list[Tensor], refinement: Refinement) -> Tensor:
         """Integrate a batch: directly, or on CUDA by a captured graph for each batch size."""

@@ -1,5 +1,4 @@
 import copy
-import logging
 from pathlib import Path
 
 import pytest
@@ -179,52 +178,6 @@ def test_large_batches_are_decoded_in_parts(tokenizer, monkeypatch):
     monkeypatch.setattr(decoder, "_decode", lambda latents: sizes.append(len(latents)) or tokenizer.decode(latents))
     assert levels(decoder(tokens, lengths), plain(tokenizer, tokens, lengths)).max() <= 1
     assert sizes == [2, 2, 1]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes"),
-    ],
-)
-def test_running_out_of_memory_halves_the_parts_and_is_reported_once(tokenizer, monkeypatch, caplog, error):
-    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
-    sizes = []
-
-    def small_machine(latents):
-        sizes.append(len(latents))
-        if len(latents) > 2:
-            raise error
-        return tokenizer.decode(latents)
-
-    monkeypatch.setattr(decoder, "_decode", small_machine)
-    tokens = random_tokens(tokenizer, 9)
-    expected = plain(tokenizer, tokens)
-    with caplog.at_level(logging.WARNING, logger="tokenizer"):
-        assert levels(decoder(tokens), expected).max() <= 1
-        assert sizes == [9, 4, 2, 2, 2, 2, 1]
-        sizes.clear()
-        assert levels(decoder(tokens), expected).max() <= 1
-    assert sizes == [2, 2, 2, 2, 1]  # the size that fits is remembered
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(
-    ("error", "expected", "match"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory."), InputError, "32x32"),
-        (RuntimeError("unsupported memory format option"), RuntimeError, "memory format"),
-    ],
-)
-def test_memory_for_less_than_one_picture_and_other_errors(tokenizer, monkeypatch, error, expected, match):
-    def failing(latents):
-        raise error
-
-    decoder = PictureDecoder(tokenizer, dtype=torch.float32)
-    monkeypatch.setattr(decoder, "_decode", failing)
-    with pytest.raises(expected, match=match):
-        decoder(random_tokens(tokenizer, 3))
 
 
 def test_seconds_are_measured_once_for_each_batch_size(tokenizer, monkeypatch):

@@ -248,7 +248,8 @@ def test_the_page_in_a_browser(
 
     tab("Sketches")
     eventually(lambda: element("#sketch")).click()
-    eventually(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#gallery img")) == 9)
+    loaded = "return [...document.querySelectorAll('#gallery img')].filter(i => i.complete && i.naturalWidth).length"
+    eventually(lambda: browser.execute_script(loaded) == 9)
     browser.save_screenshot(shots / "sketches.png")
     browser.find_elements(By.CSS_SELECTOR, "#gallery button")[4].click()
     eventually(lambda: count("#finished") == 256)

@@ -201,7 +201,7 @@ def test_refinement_changes_no_token_and_counts_for_the_deadline(
     assert pipeline([2], seed=3, deadline=900.0, refine=0).lengths == (C,)
 
 
-def test_a_saved_refiner_is_the_same_and_memory_that_runs_out_halves_the_batch(
+def test_a_saved_refiner_is_the_same_and_refines_large_batches_in_parts(
     model_folder: Path, tiny_tokenizer: ChannelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, found = tiny_refiner(fingerprint(tiny_tokenizer)), Refiner.from_pretrained(model_folder / "refiner")
@@ -211,16 +211,12 @@ def test_a_saved_refiner_is_the_same_and_memory_that_runs_out_halves_the_batch(
     arguments = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8), [1, 4, 16, 2, 2], [0, 1, 2, 3, 4], range(5)
     whole, run, sizes = images(*arguments, Refinement(2)), images._run, []
 
-    def short_of_memory(inputs: list[Tensor], refinement: Refinement) -> Tensor:
-        sizes.append(len(inputs[0]))
-        if len(inputs[0]) > 2:
-            raise torch.OutOfMemoryError
-        return run(inputs, refinement)
-
-    monkeypatch.setattr(images, "_run", short_of_memory)
-    images._at_once = 4
+    monkeypatch.setattr(
+        images, "_run", lambda inputs, refinement: sizes.append(len(inputs[0])) or run(inputs, refinement)
+    )
+    images._at_once = 2
     assert (images(*arguments, Refinement(2)).int() - whole.int()).abs().max() <= 1
-    assert sizes == [4, 2, 2, 1]
+    assert sizes == [2, 2, 1]
 
 
 def test_refining_loads_no_compiler(model_folder: Path) -> None:

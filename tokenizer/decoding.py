@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -13,11 +12,9 @@ from torch import Tensor
 from common.config import DTYPES
 from common.errors import InputError
 from common.images import to_uint8
-from common.runtime import check_can_compile, has_fast_bfloat16, is_out_of_memory, pick_dtype
+from common.runtime import check_can_compile, has_fast_bfloat16, pick_dtype
 from tokenizer.autoencoder import Decoder
 from tokenizer.tokenizer import ChannelTokenizer
-
-logger = logging.getLogger(__name__)
 
 PIXELS_AT_ONCE = 2**19  # decoded in one go: 8 images of 256 x 256, about 1 GB in float32
 
@@ -75,7 +72,6 @@ class PictureDecoder:
         decoder = _fastest_layout(tokenizer, dtype)
         self._decode: Callable[[Tensor], Tensor] = torch.compile(decoder) if compile else decoder
         self._at_once = max(1, PIXELS_AT_ONCE // tokenizer.config.image_size**2)
-        self._is_short_of_memory = False
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._seconds: dict[int, float] = {}
 
@@ -88,7 +84,7 @@ class PictureDecoder:
             num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
 
         Raises:
-            InputError: a shape or a length outside these ranges, or too little memory for one image.
+            InputError: a shape or a length outside these ranges.
         """
         return self._pictures(self.tokenizer.lookup(tokens.to(self.device), num_tokens))
 
@@ -138,32 +134,6 @@ class PictureDecoder:
 
     @torch.no_grad()
     def _pictures(self, latents: Tensor) -> Tensor:
-        """Latents (b c h w), dropped channels 0 -> pictures (b 3 H W) uint8, as many at a time as memory allows."""
-        size = self.tokenizer.config.image_size
-        images = torch.empty(len(latents), 3, size, size, dtype=torch.uint8, device=latents.device)
-        latents = latents.to(self.dtype)
-        begin = 0
-        while begin < len(latents):
-            part = latents[begin : begin + self._at_once]
-            try:
-                images[begin : begin + len(part)] = to_uint8(self._decode(part))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._make_room(len(part), error)
-            else:
-                begin += len(part)
-        return images
-
-    def _make_room(self, tried: int, error: BaseException) -> None:
-        """Memory ran out with `tried` images at a time: take half from now on, if there is a half."""
-        if tried == 1:
-            size = self.tokenizer.config.image_size
-            raise InputError(
-                f"no memory on {self.device} to decode even one image of {size}x{size}; "
-                "free some, or decode on another device"
-            ) from error
-        if not self._is_short_of_memory:
-            logger.warning("no memory on %s to decode %d images at a time; taking fewer", self.device, tried)
-        self._is_short_of_memory = True
-        self._at_once = tried // 2
+        """Latents (b c h w), dropped channels 0 -> pictures (b 3 H W) uint8, in parts of bounded memory."""
+        parts = latents.to(self.dtype).split(self._at_once)
+        return torch.cat([to_uint8(self._decode(part)) for part in parts])
