@@ -46,7 +46,8 @@ def test_a_stopped_and_continued_drawing_is_that_of_the_pipeline(studio: Studio)
     expected = studio.pipeline([2], seed=7, cfg_scale=1.5, temperature=0.9)
     first = next(studio.draw(Drawing(choice=choice)))[0]
     assert 1 <= first.num_tokens < C
-    *_, (last, image) = studio.draw(first)
+    (following, _), *_, (last, image) = studio.draw(first)
+    assert following.num_tokens > first.num_tokens, "nothing is drawn again"
     assert last.tokens == tuple(expected.tokens[0].tolist())
     assert last.seconds > first.seconds > 0
     assert np.abs(pixels(image) - pixels(expected.images[0])).max() <= 1
