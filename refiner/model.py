@@ -12,6 +12,7 @@ from common.checkpoint import SavedModel
 from refiner.config import RefinerConfig
 
 TRUNK_MAPS, PIXEL_MAPS = 16, 48  # feature maps at full resolution, from the transformer and of the pixel head
+NORM_EPS = 1e-6  # torch's default depends on the number format
 LEAST_LEFT = 0.05  # of the time to the end of the flow, in the velocity
 
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
         self.heads, self.side = heads, side
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.query_norm, self.key_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.query_norm, self.key_norm = (nn.RMSNorm(width // heads, eps=NORM_EPS) for _ in range(2))
         self.attention_out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
