@@ -220,8 +220,8 @@ class Refinement(Config):
     """How images are refined.
 
     Attributes:
-        steps: of the integration; each but the last costs two passes, the last one.
-        cfg_scale: classifier-free guidance; 1 = off and costs half.
+        steps: of the integration; each costs two passes of the network, the last one a single pass.
+        cfg_scale: classifier-free guidance; 1 = off.
         temperature: standard deviation of the noise; below 1 less detail is drawn, and with it fewer errors.
     """
 

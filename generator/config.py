@@ -220,7 +220,7 @@ class SampleConfig(Config):
         None, "steps of the refiner for the final images; 0: none; default: 4 if the model has refiner/", ge=0, le=1000
     )
     refine_cfg_scale: float | None = setting(
-        None, "guidance of the refiner; 1 = off, others cost two passes; default: 2", ge=0
+        None, "guidance of the refiner; 1 = off, others cost 10 passes instead of 7; default: 3", ge=0
     )
     refine_temperature: float | None = setting(
         None, "standard deviation of the refiner's noise; lower: less detail; default: the model's", ge=0, le=2

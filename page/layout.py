@@ -107,8 +107,8 @@ class Page:
         label = gr.Dropdown(sorted(names), value=names[0][1], label="Class", filterable=True, elem_id="class")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-            gr.Button("Other seed", min_width=60).click(lambda: random.randrange(10**6), outputs=seed, queue=False)
-        scale = gr.Slider(1, 10, defaults.cfg_scale, step=0.1, label="Guidance: how closely the class is followed")
+            gr.Button("Random seed", min_width=60).click(lambda: random.randrange(10**6), outputs=seed, queue=False)
+        scale = gr.Slider(1, 10, defaults.cfg_scale, step=0.1, label="Guidance: strength of the class")
         temperature = gr.Slider(0, 1.5, defaults.temperature, step=0.05, label="Temperature: variety of tokens")
         refine = gr.Checkbox(
             studio.can_refine, label="Refine: add detail that the tokens do not hold", visible=studio.can_refine
@@ -121,9 +121,9 @@ class Page:
         drawing = gr.State(None, time_to_live=3600)
         slider = gr.Slider(
             1, self.studio.num_tokens, self.studio.num_tokens, step=1, elem_id=f"{name}-k",
-            label="Look at fewer channels (nothing is drawn again)",
+            label="Show the image at fewer channels (nothing is drawn again)",
         )  # fmt: skip
-        slider.input(self._look, [slider, drawing], canvas, show_progress="hidden", trigger_mode="always_last")
+        slider.input(self._show_prefix, [slider, drawing], canvas, show_progress="hidden", trigger_mode="always_last")
         return canvas, drawing, slider
 
     def _files(self, drawing: gr.State) -> None:
@@ -145,7 +145,7 @@ class Page:
             more.click(self._continue, drawing, outputs, show_progress="minimal"),
         ]
         stopped = stop.click(None, cancels=events, queue=False)
-        stopped.then(self._stopped, drawing, canvas, show_progress="hidden")
+        stopped.then(self._stopped, drawing, [canvas, slider], show_progress="hidden")
         self._files(drawing)
 
     def _sketches_tab(self) -> None:
@@ -193,7 +193,7 @@ class Page:
         yield from self._streamed(lambda: Drawing(choice=self.studio.choice(*controls)))
 
     def _continue(self, drawing: Drawing | None) -> Iterator[Any]:
-        yield from self._streamed(lambda: _there(drawing))
+        yield from self._streamed(lambda: _required(drawing))
 
     def _complete(self, sketches: Sequence[Drawing], event: gr.SelectData) -> Iterator[Any]:
         yield from self._streamed(lambda: sketches[event.index])
@@ -210,8 +210,8 @@ class Page:
         yield from self._streamed(started)
 
     @shown_errors()
-    def _look(self, k: int, drawing: Drawing | None) -> str:
-        drawing = _there(drawing)
+    def _show_prefix(self, k: int, drawing: Drawing | None) -> str:
+        drawing = _required(drawing)
         shown = replace(drawing, tokens=drawing.tokens[: max(1, int(k))])
         return canvas_html(shown, self.studio.image(shown), self.studio.num_tokens)
 
@@ -219,8 +219,8 @@ class Page:
     def _stopped(self, drawing: Drawing | None) -> Any:
         """Replace the draft that is shown."""
         if drawing is None:
-            return gr.skip()
-        return canvas_html(drawing, self.studio.image(drawing), self.studio.num_tokens)
+            return gr.skip(), gr.skip()
+        return canvas_html(drawing, self.studio.image(drawing), self.studio.num_tokens), drawing.num_tokens
 
     @shown_errors()
     def _sketches(self, *controls: Any) -> tuple[list[tuple[Image.Image, str]], list[Drawing]]:
@@ -242,25 +242,26 @@ class Page:
 
     @shown_errors()
     def _png(self, drawing: Drawing | None) -> gr.DownloadButton:
-        image = self.studio.image(_there(drawing))
+        image = self.studio.image(_required(drawing))
         return _download("image.png", lambda path: image.save(path))
 
     @shown_errors()
     def _strip(self, drawing: Drawing | None) -> gr.DownloadButton:
-        drawing = _there(drawing)
+        drawing = _required(drawing)
         lengths = self.studio.lengths(drawing.num_tokens)
         strip = captioned_table([self.studio.prefixes(drawing, lengths)], column_labels=[f"k={k}" for k in lengths])
         return _download("strip.png", lambda path: strip.save(path))
 
     @shown_errors()
     def _animation(self, drawing: Drawing | None) -> gr.DownloadButton:
-        drawing = _there(drawing)
+        drawing = _required(drawing)
         stride = max(1, drawing.num_tokens // 32)
-        images = self.studio.prefixes(drawing, [*range(1, drawing.num_tokens, stride), drawing.num_tokens], draft=True)
+        images = self.studio.prefixes(drawing, range(1, drawing.num_tokens, stride), draft=True)
+        images.append(self.studio.image(drawing))
         return _download("animation.webp", lambda path: save_animation(images, path))
 
 
-def _there(drawing: Drawing | None) -> Drawing:
+def _required(drawing: Drawing | None) -> Drawing:
     if drawing is None:
         raise InputError("there is no image yet; draw one")
     return drawing

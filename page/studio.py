@@ -23,11 +23,11 @@ DRAFT_STEPS = 2  # of the refiner, for images that are replaced soon or are many
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """An image so far.
+    """A partially drawn image.
 
     choice: its settings.
-    tokens: of the first k channels.
-    seconds: spent on drawing, decoding of frames included.
+    tokens: those of the first k channels.
+    seconds: time spent drawing, decoding of frames included.
     """
 
     choice: Choice
@@ -36,7 +36,7 @@ class Drawing:
 
     @property
     def num_tokens(self) -> int:
-        """K."""
+        """Number of tokens drawn."""
         return len(self.tokens)
 
 
@@ -59,7 +59,7 @@ class Studio:
         Raises:
             InputError: a value out of range, or a class that the model does not have.
         """
-        if seed != int(seed):
+        if not isinstance(seed, int | float) or not float(seed).is_integer():
             raise InputError(f"seed is {seed}; it must be a whole number")
         choice = Choice(
             class_label=class_label, seed=int(seed), cfg_scale=cfg_scale, temperature=temperature,
@@ -73,8 +73,8 @@ class Studio:
         """Continue a drawing to its last token: the drawing and its image, as often as images can be made.
 
         Stop by not asking for the next one. All images but the last are drafts (see `images`). The tokens are those of
-        an uninterrupted drawing with the same choice. A complete drawing is given as it is: a visitor's Stop may arrive
-        after the last token.
+        an uninterrupted drawing with the same choice. A complete drawing is yielded unchanged: a visitor's Stop may
+        arrive after the last token.
         """
         if drawing.num_tokens >= self.num_tokens:
             yield drawing, self.image(drawing)
@@ -120,7 +120,7 @@ class Studio:
         return self.images([replace(drawing, tokens=drawing.tokens[:k]) for k in lengths], draft=draft)
 
     def lengths(self, num_tokens: int) -> list[int]:
-        """1, 4, 16, 32, 64, 128, ... below a number of tokens, and that."""
+        """1, 4, 16, 32, 64, 128, ... below num_tokens, and num_tokens."""
         return [*(k for k in (1, 4, 16, 32, 64, 128, 256) if k < num_tokens), num_tokens]
 
     def photograph(self, path: str | Path, choice: Choice) -> Drawing:

@@ -11,8 +11,10 @@ from common.errors import InputError
 class RefinerSize(Config):
     """Size of the network, a transformer over patches; the defaults are for images of 64 x 64."""
 
-    layers: int = setting(4, "transformer blocks on whole patches", ge=1, le=2**10)
-    outer_layers: int = setting(1, "blocks on quarters of patches, before those and again after them", ge=1, le=2**10)
+    layers: int = setting(4, "transformer blocks on patches of patch_size", ge=1, le=2**10)
+    outer_layers: int = setting(
+        1, "blocks on patches of half that side, before those and again after them", ge=1, le=2**10
+    )
     heads: int = setting(8, "attention heads", ge=1, le=2**10)
     width: int = setting(256, "width of the residual stream", ge=1, le=2**14)
     patch_size: int = setting(8, "pixels of a patch's side, an even number", ge=2, le=2**10)
@@ -92,7 +94,7 @@ class RefinerTrainingConfig(ModelTrainingConfig):
         reads=True,
     )
     continued_share: float = setting(
-        0.5, "with --generator: share of images whose last tokens it draws, at most half", ge=0, le=1
+        0.5, "with --generator: share of images whose tokens it draws after the first few", ge=0, le=1
     )
     strict: bool = setting(False, "stop at an unreadable image instead of skipping it")
     validation_images: int = setting(512, "held-out images that an evaluation uses", ge=1)

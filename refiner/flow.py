@@ -2,10 +2,11 @@
 
 Rectified flow (Liu et al., 2022, arXiv 2209.03003) with logit-normal times (Esser et al., 2024, arXiv 2403.03206,
 section 3.1). The end of the flow is the residual, photograph - decoded image, in units of its root mean square at k.
-Given the decoded image, a flow of the residual is a flow of the photograph whose times are spent where detail appears.
+A flow of the residual spends no time at noise levels at which the missing detail is not visible.
 """
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -63,10 +64,9 @@ def flow_loss(
     return (velocity.float() - (residual - noise)).square().mean((1, 2, 3))
 
 
-def times(steps: int, shift: float = 1.0) -> list[float]:
-    """Times of an integration, from 0 to 1: steps + 1 numbers; a shift above 1 makes the first steps shorter."""
-    even = [i / steps for i in range(steps + 1)]
-    return [t / (t + shift * (1 - t)) for t in even]
+def times(steps: int) -> list[float]:
+    """Times of an integration, from 0 to 1: steps + 1 numbers at equal distances."""
+    return [i / steps for i in range(steps + 1)]
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def integrate(
         num_tokens: (b,) k of each image.
         class_labels: (b,) in [0, null_label].
         noise: (b 3 H W), standard normal.
-        moments: of `times`.
+        moments: as returned by `times`.
         cfg_scale: classifier-free guidance before time GUIDED_UNTIL, where it costs a second pass; 1 = off.
         scales: of `scale_table`, on the device.
     """
@@ -119,7 +119,7 @@ def integrate(
 
 
 class ImageRefiner:
-    """Refine decoded images; a copy of the network in the fastest layout and number format of its device.
+    """Refine decoded images, with a copy of the network in the fastest layout and number format of its device.
 
     The noise of an image is a function of its seed, so an image at k = 64 is the image at k = 32 with more detail. A
     refined image depends on its seed, class, decoded image and k; other images of the batch change at most the rounding
@@ -149,9 +149,10 @@ class ImageRefiner:
         self._at_once = max(1, PIXELS_AT_ONCE // self.config.image_size**2)
         self._graphs: dict[tuple[int, Refinement], tuple[Any, list[Tensor], Tensor]] = {}
         self._seconds: dict[tuple[int, Refinement], float] = {}
+        self._lock = threading.Lock()  # threads share the graphs and their inputs
 
     def refinement(self, refine: int | Refinement) -> Refinement:
-        """Settings from a number of steps, with the refiner's guidance and temperature; or as they are."""
+        """Return settings; a number is that of steps, with the default guidance and temperature."""
         if isinstance(refine, Refinement):
             return refine
         scale = CFG_SCALE if self.config.has_null_label else 1.0
@@ -198,14 +199,15 @@ class ImageRefiner:
         count = len(inputs[0])
         slots = min(1 << (count - 1).bit_length(), self._at_once)
         key = slots, refinement
-        if key not in self._graphs:
-            places = [torch.cat([tensor, tensor[:1].expand(slots - count, *tensor.shape[1:])]) for tensor in inputs]
-            self._graphs[key] = self._captured(places, refinement)
-        graph, places, result = self._graphs[key]
-        for place, tensor in zip(places, inputs, strict=True):
-            place[:count].copy_(tensor)
-        graph.replay()
-        return result[:count].clone()
+        with self._lock:
+            if key not in self._graphs:
+                places = [torch.cat([tensor, tensor[:1].expand(slots - count, *tensor.shape[1:])]) for tensor in inputs]
+                self._graphs[key] = self._captured(places, refinement)
+            graph, places, result = self._graphs[key]
+            for place, tensor in zip(places, inputs, strict=True):
+                place[:count].copy_(tensor)
+            graph.replay()
+            return result[:count].clone()
 
     def _run(self, inputs: list[Tensor], refinement: Refinement) -> Tensor:
         decoded, num_tokens, class_labels, noise = inputs

@@ -13,7 +13,7 @@ from refiner.config import RefinerConfig
 
 TRUNK_MAPS, PIXEL_MAPS = 16, 48  # feature maps at full resolution, from the transformer and of the pixel head
 NORM_EPS = 1e-6  # torch's default depends on the number format
-LEAST_LEFT = 0.05  # of the time to the end of the flow, in the velocity
+MIN_REMAINING_TIME = 0.05  # lower bound of 1 - t where it divides
 
 
 def sinusoids(values: Tensor, size: int) -> Tensor:
@@ -24,11 +24,11 @@ def sinusoids(values: Tensor, size: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block on patches, modulated by six vectors: a sum of shared ones and of its own.
+    """Transformer block with adaLN-single (Chen et al., 2023, arXiv 2310.00426, section 2.3).
 
-    The shared ones are computed once from time, k and class (adaLN-single, Chen et al., 2023, arXiv 2310.00426, section
-    2.3). Queries and keys are normalized (Dehghani et al., 2023, arXiv 2302.05442, section 2). A depthwise
-    convolution before the MLP mixes neighbouring patches (Guo et al., 2022, CMT, section 3.2).
+    Shift, scale and gate are the sum of vectors that all blocks share, computed from time, k and class, and of learned
+    ones of this block. Queries and keys are normalized (Dehghani et al., 2023, arXiv 2302.05442, section 2). A
+    depthwise convolution before the MLP mixes neighbouring patches, similar to Guo et al. (2021, arXiv 2107.06263).
     """
 
     def __init__(self, width: int, heads: int, side: int):
@@ -62,10 +62,10 @@ class Block(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """Convolutions at full resolution that turn what the transformer found into pixels.
+    """Convolutions at full resolution.
 
-    They see the noisy point and the decoded image themselves, so that the transformer need not pass on every pixel (as
-    in Ma et al., 2025, DeCo, section 3): they remove noise, and join patches.
+    They receive the noisy point and the decoded image, so that the transformer need not encode every pixel (as in Ma et
+    al., 2025, DeCo, section 3), and they remove seams between patches.
     """
 
     def __init__(self, inputs: int, embedding_size: int):
@@ -89,10 +89,10 @@ class PixelHead(nn.Module):
 class Refiner(SavedModel):
     """Transformer over patches that predicts a velocity, from a point of the flow and the decoded image of k tokens.
 
-    The first and last blocks see patches of half the side, the others 2 x 2 of them merged, with a skip connection
-    (Crowson et al., 2024, arXiv 2401.11605, section 4). Rectified flow (Liu et al., 2022, arXiv 2209.03003) with blocks
-    of Peebles and Xie (2022, arXiv 2212.09748). The network predicts the end of the flow, of which the velocity
-    follows: a patch has too many numbers to pass on the noise that they hold (Li and He, 2025, arXiv 2511.13720).
+    The first and last blocks operate on patches of half of patch_size, the others on 2 x 2 merged ones, with a skip
+    connection (Crowson et al., 2024, arXiv 2401.11605, section 4). Rectified flow (Liu et al., 2022, arXiv 2209.03003)
+    with blocks of Peebles and Xie (2022, arXiv 2212.09748). The network predicts the end of the flow, of which the
+    velocity follows (Li and He, 2025, arXiv 2511.13720).
     """
 
     config_class = RefinerConfig
@@ -168,5 +168,5 @@ class Refiner(SavedModel):
         maps = F.pixel_shuffle(maps, config.patch_size // 2).to(inputs.dtype)                   # b 16 H W
         maps = torch.cat([maps, inputs], dim=1).contiguous(memory_format=torch.channels_last)   # b 22 H W
         end: Tensor = self.pixels(maps, embedding).float()                                      # b 3 H W
-        return (end - point) / (1 - time.float()).clamp(min=LEAST_LEFT)[:, None, None, None]
+        return (end - point) / (1 - time.float()).clamp(min=MIN_REMAINING_TIME)[:, None, None, None]
         # fmt: on

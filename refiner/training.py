@@ -243,10 +243,10 @@ def continue_some(
         labels: (b,) classes, on the CPU.
         part: the rows of the micro-batch.
         share: of images, at most; of those with one token used none is changed.
-        continue_tokens: see `Codec`; keeps from 1 to all of the tokens used, evenly in the logarithm.
+        continue_tokens: see `Codec`; the number of tokens it keeps is log-uniform from 1 to all that are used.
     """
     uniform = torch.rand(part.batch_size, 2, generator=part.rng(Stream.CONTINUED))[list(part.rows)]
-    kept = (num_tokens ** uniform[:, 1]).ceil().long()
+    kept = torch.exp(uniform[:, 1] * torch.log(num_tokens + 1)).long().clamp(min=1).minimum(num_tokens)
     rows = ((uniform[:, 0] < share) & (kept < num_tokens)).nonzero()[:, 0]
     if not len(rows):
         return tokens

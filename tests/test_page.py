@@ -74,6 +74,8 @@ def test_sketches_have_consecutive_seeds(studio: Studio) -> None:
         ((-1, 0, 1, 1), "class_label is -1"),
         ((0.5, 0, 1, 1), "class_label is 0.5"),
         ((0, 0.5, 1, 1), "seed is 0.5"),
+        ((0, None, 1, 1), "seed is None"),
+        ((0, float("nan"), 1, 1), "seed is nan"),
         ((0, -1, 1, 1), "seed is -1"),
         ((0, 0, float("nan"), 1), "cfg_scale is nan"),
         ((0, 0, 1, "hot"), "temperature is 'hot'"),

@@ -81,7 +81,7 @@ stage refiner train_refiner.py --config $CONFIG-refiner.yaml --tokenizer "$OUTPU
     cp -r "$OUTPUT/refiner/refiner" "$OUTPUT/generator/refiner.partial"
     mv "$OUTPUT/generator/refiner.partial" "$OUTPUT/generator/refiner"
 }
-# the figures and images of docs/demo.md, with the guidance that a sweep found best; the sheet shows every fifth of 100 classes
+# figures and a sheet as in docs/demo.md, of every fifth of 100 classes
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
 stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
@@ -89,4 +89,4 @@ stage fid benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val"
     --features weights/features.safetensors --num-samples $SAMPLES --num-tokens "${LENGTHS[@]}" --cfg-scale 3 --anchors \
     --output-dir "$OUTPUT/fid"
 stage sheet sample.py --model "$OUTPUT/generator" --class-labels $(seq 0 $(((CLASSES + 19) / 20)) $((CLASSES - 1))) --seed 0 --cfg-scale 3 \
-    --previews 4 16 32 64 128 --output-dir "$OUTPUT/sheet"
+    --previews 4 16 32 64 128 --refine-previews --output-dir "$OUTPUT/sheet"

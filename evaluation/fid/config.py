@@ -25,7 +25,7 @@ class FidConfig(Config):
     refine: int | None = setting(
         None, "steps of the refiner, for a second row of each k; default: as in sample.py", ge=0, le=1000
     )
-    refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 2", ge=0, le=100)
+    refine_cfg_scale: float | None = setting(None, "guidance of the refiner; default: 3", ge=0, le=100)
     refine_temperature: float | None = setting(
         None, "standard deviation of the refiner's noise; default: the model's", ge=0, le=2
     )
