@@ -204,6 +204,6 @@ def test_an_image_size_alone_selects_a_network_that_fits(scripts, size, config):
 
 
 def test_stages_that_are_given_are_not_changed(scripts):
-    done = scripts("train_tokenizer.py", *PHOTOS, "--image-size", 32, "--decoder-widths", 64, 64, "--print-config")
+    done = scripts("train_tokenizer.py", *PHOTOS, "--image-size", 32, "--decoder-widths", 64, 64, 64, "--print-config")
     assert done.code == 2
     assert "does not fit" in done.err

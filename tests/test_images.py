@@ -190,5 +190,6 @@ def test_a_table_shows_every_image_enlarged_at_its_place():
     assert (np.asarray(labelled).reshape(-1, 3) == RED).all(1).sum() == 64 * 64
     captioned = np.asarray(captioned_table([[red, blue], [blue]], min_side=64, cell_labels=[["a", "b" * 99], [""]]))
     assert (captioned.reshape(-1, 3) == RED).all(1).sum() == 64 * 64
+    assert (captioned[90:154, 4:68] == BLUE).all()
     below = captioned[68:84]
     assert (below[:, 4:68] < 128).any() and (below[:, 72:136] < 128).any() and (below[:, 136:] == 255).all()

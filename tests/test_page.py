@@ -41,12 +41,17 @@ def pixels(image: Image.Image) -> np.ndarray:
 # ------------------------------------------------------------------------------------- drawing
 
 
-def test_a_stopped_and_continued_drawing_is_that_of_the_pipeline(studio: Studio) -> None:
+def test_a_stopped_and_continued_drawing_is_that_of_the_pipeline(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts, make = list[bool](), studio.image
+    monkeypatch.setattr(studio, "image", lambda image, *, draft=False: drafts.append(draft) or make(image, draft=draft))
     choice = studio.choice(2, 7, 1.5, 0.9, refine=False)
     expected = studio.pipeline([2], seed=7, cfg_scale=1.5, temperature=0.9)
     first = next(studio.draw(Drawing(choice=choice)))[0]
     assert 1 <= first.num_tokens < C
     (following, _), *_, (last, image) = studio.draw(first)
+    assert drafts == [True] * (len(drafts) - 1) + [False]
     assert following.num_tokens > first.num_tokens, "nothing is drawn again"
     assert last.tokens == tuple(expected.tokens[0].tolist())
     assert last.seconds > first.seconds > 0
