@@ -213,11 +213,13 @@ class SavedModel(nn.Module):
                 f"(file: {found.get(wrong[0], 'absent')}, config: {expected.get(wrong[0], 'absent')}); "
                 "the folder mixes two models"
             )
-        for name, value in state.items():
-            if not bool(value.isfinite().all()):
-                raise InputError(f"{folder}: {name} has entries that are not finite; copy or train the model again")
         # a copy: the file's own tensors are a map of it, and would change or fail with the file
-        model.load_state_dict({name: value.to(dtype, copy=True) for name, value in state.items()}, assign=True)
+        state = {name: value.to(dtype, copy=True) for name, value in state.items()}
+        for name, value in state.items():
+            # a sum takes a third of the time of isfinite().all()
+            if not bool(value.sum(dtype=torch.float32).isfinite()):
+                raise InputError(f"{folder}: {name} has entries that are not finite; copy or train the model again")
+        model.load_state_dict(state, assign=True)
         return model.requires_grad_(True).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

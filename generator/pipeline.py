@@ -132,12 +132,12 @@ class ChannelTokPipeline:
                 f"{folder}: the generator was trained on tokens of tokenizer {model.config.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
-        drawn_by = files_fingerprint(folder / "generator")
-        model_fingerprint = f"{fingerprint(tokenizer)}-{drawn_by}"
+        whole, drawn_by = fingerprint(tokenizer), files_fingerprint(folder / "generator")
+        model_fingerprint = f"{whole}-{drawn_by}"
         engine = Engine(CachedDecoder.from_model(move(model, target)), compile=compile)
         images = None
         if refiner and (folder / "refiner").is_dir():
-            network = load_refiner(folder / "refiner", tokenizer, model.config.class_names)
+            network = load_refiner(folder / "refiner", tokenizer, whole, model.config.class_names)
             images = ImageRefiner(move(network, target), compile=compile)
         settings = ModelSettings.load(folder / "generator", model_fingerprint)
         pictures = PictureDecoder(move(tokenizer, target), compile=compile)
@@ -318,7 +318,9 @@ class ChannelTokPipeline:
         return ruled(steps, [KeepBest(list(class_labels), sketch_tokens, keep, scorer)])
 
 
-def load_refiner(folder: Path, tokenizer: ChannelTokenizer, class_names: Sequence[str]) -> Refiner:
+def load_refiner(
+    folder: Path, tokenizer: ChannelTokenizer, tokenizer_fingerprint: str, class_names: Sequence[str]
+) -> Refiner:
     """Load the refiner of a model.
 
     Raises:
@@ -326,7 +328,7 @@ def load_refiner(folder: Path, tokenizer: ChannelTokenizer, class_names: Sequenc
     """
     refiner = Refiner.from_pretrained(folder)
     expected = {
-        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
         "image_size": tokenizer.config.image_size,
         "num_channels": tokenizer.config.num_channels,
         "class_names": list(class_names),
