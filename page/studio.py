@@ -17,7 +17,7 @@ from page.config import Choice
 
 SKETCHES, SKETCH_TOKENS = 9, 32
 MAX_FILE_BYTES, MAX_PIXELS = 10 * 2**20, 40_000_000
-FRAME_SECONDS = 0.06  # between frames, or as long as making one takes
+FRAME_SECONDS = 0.06  # between frames, or twice as long as making one takes
 DRAFT_STEPS = 2  # of the refiner, for images that are replaced soon or are many
 
 
@@ -72,9 +72,9 @@ class Studio:
     def draw(self, drawing: Drawing) -> Iterator[tuple[Drawing, Image.Image]]:
         """Continue a drawing to its last token: the drawing and its image, as often as images can be made.
 
-        Stop by not asking for the next one. All images but the last are drafts (see `images`). The tokens are those of
-        an uninterrupted drawing with the same choice. A complete drawing is yielded unchanged: a visitor's Stop may
-        arrive after the last token.
+        Stop by not asking for the next one. The first image is not refined, the others but the last are drafts (see
+        `images`). The tokens are those of an uninterrupted drawing with the same choice. A complete drawing is yielded
+        unchanged: a visitor's Stop may arrive after the last token.
         """
         if drawing.num_tokens >= self.num_tokens:
             yield drawing, self.image(drawing)
@@ -83,10 +83,13 @@ class Studio:
         shown, cost = -1.0, 0.0
         for step in self._stream([drawing]):
             now = time.perf_counter()
-            if now - shown < max(FRAME_SECONDS, cost) and step.drawing:
+            if now - shown < max(FRAME_SECONDS, 2 * cost) and step.drawing:
                 continue
             (found,) = self._drawings([drawing], step)
-            image = self.image(found, draft=bool(step.drawing))
+            if shown < 0 and step.drawing:  # at once
+                image = self.image(replace(found, choice=replace(drawing.choice, refine=False)))
+            else:
+                image = self.image(found, draft=bool(step.drawing))
             shown = time.perf_counter()
             cost = shown - now
             yield replace(found, seconds=drawing.seconds + shown - begun), image
