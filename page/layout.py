@@ -155,7 +155,7 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=300):
                 gallery = gr.Gallery(
-                    label="Choose one to complete it", columns=3, height=440, allow_preview=False, format="png",
+                    show_label=False, columns=3, height=440, allow_preview=False, format="png",
                     elem_id="gallery",
                 )  # fmt: skip
             with gr.Column(min_width=300):
