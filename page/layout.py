@@ -27,6 +27,7 @@ CSS = f"""
 .canvas img {{ width: min({SHOWN_SIDE}px, 100%); margin: 0 auto 8px; border-radius: 8px; }}
 .canvas .empty {{ height: {SHOWN_SIDE}px; display: flex; align-items: center; justify-content: center; opacity: .6; }}
 .canvas progress {{ width: min({SHOWN_SIDE}px, 100%); accent-color: #6366f1; }}
+.canvas > .wrap {{ overflow: visible !important; }} /* shows a visitor's place in the queue */
 .counter {{ font-variant-numeric: tabular-nums; }}
 .reconstructions img {{ max-width: 100%; }}
 """
@@ -37,11 +38,21 @@ result is the same as without the stop.
 """
 
 
+def data_url(kind: str, data: bytes) -> str:
+    """The content of an image file of some kind (png, webp) as a data URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def png_url(image: Image.Image) -> str:
     """An image as a data URL."""
     with BytesIO() as file:
         image.save(file, format="PNG")
-        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return data_url("png", file.getvalue())
+
+
+def download_link(name: str, url: str) -> str:
+    """A link that saves a data URL as a file."""
+    return f'<a href="{url}" download="channeltok-{name}">Save {name}</a>'
 
 
 def canvas_html(drawing: Drawing, image: Image.Image, num_tokens: int, *, draft: bool = False) -> str:
@@ -128,10 +139,10 @@ class Page:
 
     def _files(self, drawing: gr.State) -> None:
         with gr.Row():
-            for title, make in (("PNG", self._png), ("Strip", self._strip), ("Animation", self._animation)):
-                button = gr.Button(f"Make {title}", min_width=80, size="sm")
-                file = gr.DownloadButton(f"Download {title}", visible=False, min_width=80, size="sm")
-                button.click(make, drawing, file)
+            buttons = [gr.Button(f"Make {title}", min_width=80, size="sm") for title in ("PNG", "strip", "animation")]
+        link = gr.HTML(elem_classes="download")
+        for button, make in zip(buttons, (self._png, self._strip, self._animation), strict=True):
+            button.click(make, drawing, link)
 
     def _draw_tab(self) -> None:
         with gr.Row():
@@ -141,8 +152,8 @@ class Page:
         canvas, drawing, slider = self._canvas("canvas", "Choose a class and press Draw")
         outputs = [canvas, drawing, slider]
         events: list[Any] = [
-            start.click(self._draw, self.controls, outputs, show_progress="minimal"),
-            more.click(self._continue, drawing, outputs, show_progress="minimal"),
+            start.click(self._draw, self.controls, outputs, show_progress="minimal", show_progress_on=canvas),
+            more.click(self._continue, drawing, outputs, show_progress="minimal", show_progress_on=canvas),
         ]
         stopped = stop.click(None, cancels=events, queue=False)
         stopped.then(self._stopped, drawing, [canvas, slider], show_progress="hidden")
@@ -161,7 +172,8 @@ class Page:
             with gr.Column(min_width=300):
                 canvas, drawing, slider = self._canvas("finished", "Choose a sketch to complete it")
         start.click(self._sketches, self.controls, [gallery, sketches])
-        gallery.select(self._complete, sketches, [canvas, drawing, slider], show_progress="minimal")
+        outputs = [canvas, drawing, slider]
+        gallery.select(self._complete, sketches, outputs, show_progress="minimal", show_progress_on=canvas)
         self._files(drawing)
 
     def _photograph_tab(self) -> None:
@@ -174,7 +186,8 @@ class Page:
         canvas, drawing, slider = self._canvas("redrawn", "Upload a photograph, then draw its remaining channels")
         file.upload(self._reconstruct, [file, *self.controls], [shown, photograph])
         inputs = [photograph, kept, *self.controls]
-        start.click(self._redraw, inputs, [canvas, drawing, slider], show_progress="minimal")
+        outputs = [canvas, drawing, slider]
+        start.click(self._redraw, inputs, outputs, show_progress="minimal", show_progress_on=canvas)
         self._files(drawing)
 
     # --------------------------------------------------------------------------------- events
@@ -222,13 +235,13 @@ class Page:
             return gr.skip(), gr.skip()
         return canvas_html(drawing, self.studio.image(drawing), self.studio.num_tokens), drawing.num_tokens
 
-    @shown_errors()
-    def _sketches(self, *controls: Any) -> tuple[list[tuple[Image.Image, str]], list[Drawing]]:
-        sketches = self.studio.sketches(self.studio.choice(*controls))
-        images = self.studio.images(sketches, draft=True)
-        titles = [f"seed {sketch.choice.seed}" for sketch in sketches]
-        enlarged = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
-        return list(zip(enlarged, titles, strict=True)), sketches
+    def _sketches(self, *controls: Any) -> Iterator[tuple[list[tuple[Image.Image, str]], list[Drawing]]]:
+        with shown_errors():
+            sketches = self.studio.sketches(self.studio.choice(*controls))
+            titles = [f"seed {sketch.choice.seed}" for sketch in sketches]
+            for images in self.studio.sketch_images(sketches):
+                enlarged = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
+                yield list(zip(enlarged, titles, strict=True)), sketches
 
     @shown_errors()
     def _reconstruct(self, path: str, *controls: Any) -> tuple[str, Drawing]:
@@ -241,36 +254,32 @@ class Page:
         return f'<img src="{png_url(table)}" alt="reconstructions by number of channels">', photograph
 
     @shown_errors()
-    def _png(self, drawing: Drawing | None) -> gr.DownloadButton:
-        image = self.studio.image(_required(drawing))
-        return _download("image.png", lambda path: image.save(path))
+    def _png(self, drawing: Drawing | None) -> str:
+        return download_link("image.png", png_url(self.studio.image(_required(drawing))))
 
     @shown_errors()
-    def _strip(self, drawing: Drawing | None) -> gr.DownloadButton:
+    def _strip(self, drawing: Drawing | None) -> str:
         drawing = _required(drawing)
         lengths = self.studio.lengths(drawing.num_tokens)
         strip = captioned_table([self.studio.prefixes(drawing, lengths)], column_labels=[f"k={k}" for k in lengths])
-        return _download("strip.png", lambda path: strip.save(path))
+        return download_link("strip.png", png_url(strip))
 
     @shown_errors()
-    def _animation(self, drawing: Drawing | None) -> gr.DownloadButton:
+    def _animation(self, drawing: Drawing | None) -> str:
         drawing = _required(drawing)
         stride = max(1, drawing.num_tokens // 32)
         images = self.studio.prefixes(drawing, range(1, drawing.num_tokens, stride), draft=True)
         images.append(self.studio.image(drawing))
-        return _download("animation.webp", lambda path: save_animation(images, path))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "animation.webp"
+            save_animation(images, path)
+            return download_link("animation.webp", data_url("webp", path.read_bytes()))
 
 
 def _required(drawing: Drawing | None) -> Drawing:
     if drawing is None:
         raise InputError("there is no image yet; draw one")
     return drawing
-
-
-def _download(name: str, write: Callable[[Path], None]) -> gr.DownloadButton:
-    path = Path(tempfile.mkdtemp(prefix="channeltok-")) / name
-    write(path)
-    return gr.DownloadButton(value=str(path), visible=True)
 
 
 def serve(studio: Studio, config: PageConfig) -> None:

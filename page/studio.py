@@ -104,6 +104,12 @@ class Studio:
         seconds = time.perf_counter() - begun
         return [replace(drawing, seconds=seconds) for drawing in self._drawings(drawings, step)]
 
+    def sketch_images(self, sketches: Sequence[Drawing]) -> Iterator[list[Image.Image]]:
+        """The images of sketches: decoded, and again as refined drafts if the choice says so."""
+        yield self.images([replace(sketch, choice=replace(sketch.choice, refine=False)) for sketch in sketches])
+        if sketches[0].choice.refine:
+            yield self.images(sketches, draft=True)
+
     def image(self, drawing: Drawing, *, draft: bool = False) -> Image.Image:
         """The image of a drawing; see `images`."""
         return self.images([drawing], draft=draft)[0]
