@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import cli
-from evaluation.fid.config import FidConfig
-from evaluation.reconstruction.config import ReconstructionConfig
-from evaluation.speed.config import SpeedConfig
+from evaluation.config import FidConfig, ReconstructionConfig, SpeedConfig
 from generator.config import SamplingConfig
 from tokenizer.settings import AugmentationConfig, ClassifierConfig, ClassifierTrainingConfig, DataConfig
 
@@ -19,22 +17,23 @@ SamplingFlags = cli.unset(SamplingConfig, "default: the model's own for the larg
 
 
 def speed(config: SpeedConfig) -> None:
-    """Load, measure, write."""
-    from evaluation.speed.measure import load_models, measure_speed
-    from evaluation.speed.report import write_report
+    """Measure samplers."""
+    from evaluation.reports import write_report
+    from evaluation.speed.measure import load_models, measure_speed, report
 
-    write_report(measure_speed(*load_models(config), config), config.output_dir, cli.command_line())
+    found = measure_speed(*load_models(config), config) | {"command": cli.command_line()}
+    write_report(config.output_dir, "speed", found, report(found))
 
 
 def reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
-    """Load, measure, write."""
+    """Measure reconstructions."""
     from evaluation.reconstruction.measure import measure_reconstruction
-    from evaluation.reconstruction.report import write_report
+    from evaluation.reconstruction.report import write_reconstruction
     from tokenizer.tokenizer import ChannelTokenizer
 
     tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
     found, sheet = measure_reconstruction(tokenizer, data, config)
-    write_report(found, sheet, config.output_dir, cli.command_line())
+    write_reconstruction(found | {"command": cli.command_line()}, sheet, config.output_dir)
 
 
 def fid(config: FidConfig, flags: Any) -> None:

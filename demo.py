@@ -1,7 +1,7 @@
 """Web page that draws images channel by channel, with buttons to stop and continue: `uv run --extra demo demo.py`."""
 
 from common import cli
-from common.errors import InputError
+from common.config import InputError
 from page.config import PageConfig
 
 

@@ -9,7 +9,7 @@ def main() -> None:
     training, size = cli.parse(GeneratorTrainingConfig, GeneratorConfig, description=__doc__)
     size = training.transformer(size)
     # here, so that --help and mistakes are answered without loading torch
-    from common.errors import InputError
+    from common.config import InputError
     from common.runtime import move
     from generator.tokens import TokenStore
     from generator.training import GeneratorTrainer

@@ -1,1 +1,1 @@
-"""Shared leaf: errors, command lines, files, images, devices, the training loop. Knows neither model."""
+"""What all packages share: command lines, configurations, files, images, devices; imports none of them."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.config import InputError
 from common.randomness import uniforms
 
 
@@ -28,11 +28,7 @@ class BitPrior(nn.Module):
     log-odds of bit i = bias[i] + class_bias[class, i] + sum over j < i of matrix[i, j] * bit[j], with bits +-1 in
     the order of channels and, within a channel, of its code. At initialization every bit has probability 1/2. The
     parameter `weight` has the entries of the matrix below the diagonal, row by row: 134 MB for 512 channels of 16 bits.
-
-    Args:
-        num_channels: C, tokens of an image.
-        num_bits: n, bits of a token.
-        num_classes: classes of the data; the label `num_classes` is the null class.
+    The label `num_classes` is the null class.
     """
 
     def __init__(self, num_channels: int, num_bits: int, num_classes: int):
@@ -107,13 +103,13 @@ def fit_bit_prior(
     label_dropout: float = 0.1,
     seed: int = 0,
 ) -> None:
-    """Fit a prior in place: maximum likelihood with an L2 penalty, by Adam with a cosine schedule.
+    """Fit a prior in place: maximum likelihood with an L2 penalty, by Adam, the learning rate falling as a cosine to 0.
 
     Args:
         prior: updated in place; the problem is convex, so it may be fitted already.
         batches: (bits (b C n) with entries +-1, labels (b,)), at least `steps` of them, on the prior's device.
         steps: optimizer steps, at least 1.
-        learning_rate: initial learning rate, annealed to 0.
+        learning_rate: of the first step.
         l2_weight: coefficient of the L2 penalty, which is added to the nats per token.
         label_dropout: share of labels replaced by the null label, in [0, 1].
         seed: for label dropout.

@@ -9,68 +9,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.config import Config
-from common.errors import InputError
+from common.config import Config, InputError
 from common.files import read_json, write_text, written_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TRANSFORMERS_KEYS = {"architectures", "dtype", "transformers_version"}  # in files that earlier versions wrote
-C = TypeVar("C", bound=Config)
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Raise write errors of safetensors as OSError with their error number."""
-    try:
-        yield
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, whole or not at all; `metadata` goes into its header."""
-    with written_whole(path) as temporary, _disk_errors():
-        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
+    with written_whole(path) as temporary:
+        try:
+            save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file to the CPU; a missing or damaged one is an `InputError`."""
-    _check_safetensors(Path(path))
+    """Map a safetensors file into memory of the CPU; a missing or damaged one is an `InputError`."""
+    load_tensors_metadata(path)
     return load_file(path)
 
 
-def load_tensor(path: str | Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file; KeyError if it has no tensor of that name."""
-    _check_safetensors(Path(path))
-    with safe_open(path, "pt") as file:
-        if name not in file.keys():  # noqa: SIM118 - it is no dictionary
-            raise KeyError(name)
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
 def load_tensors_metadata(path: str | Path) -> dict[str, str]:
-    """Metadata in the header of a safetensors file; may be empty."""
-    _check_safetensors(Path(path))
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-def _check_safetensors(path: Path) -> None:
-    if not path.is_file():
+    """Metadata in the header of a safetensors file; may be empty. A missing or damaged one is an `InputError`."""
+    if not Path(path).is_file():
         raise InputError(f"{path} is missing; give a folder or file that holds weights")
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error}); copy or train it again") from error
 
@@ -79,8 +54,7 @@ def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[s
     """Read weights of another program: .safetensors, or .ckpt/.pt/.pth of which only tensors are unpickled.
 
     Raises:
-        InputError: no such file, another ending, a damaged file, one that holds more than plain
-            tensors (it is refused, never run), or no entry `state_key`.
+        InputError: no such file, another ending, a damaged file, more than plain tensors, or no entry `state_key`.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -105,10 +79,7 @@ def load_foreign_state(path: str | Path, state_key: str | None = None) -> dict[s
 
 @contextmanager
 def as_torch_file(tensors: dict[str, Tensor]) -> Iterator[Path]:
-    """Yield a temporary .pth file of these tensors, for a library that reads weights from a path and from nothing else.
-
-    Its folder is open to this user alone, and gone when the block ends.
-    """
+    """Yield a temporary .pth file of these tensors, for a library that reads weights from a path only."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
         torch.save(tensors, path)
@@ -135,14 +106,9 @@ def files_fingerprint(folder: str | Path) -> str:
 
 
 def resolve_folder(name_or_path: str | Path, **hub_options: Any) -> Path:
-    """A local folder as it is; otherwise a model of that name is fetched from the Hugging Face hub.
+    """A local folder as it is; otherwise a model of that name, owner/model, is fetched from the Hugging Face hub.
 
-    Args:
-        name_or_path: the folder, or owner/model.
-        hub_options: of `huggingface_hub.snapshot_download`: revision, cache_dir, token, local_files_only, ...
-
-    Raises:
-        InputError: neither a folder, nor a model that the hub gives.
+    `hub_options` are those of `huggingface_hub.snapshot_download`: revision, token, cache_dir, local_files_only, ...
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -188,30 +154,30 @@ class SavedModel(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, **hub_options: Any
     ) -> Self:
-        """Load a folder, or a model of that name from the Hugging Face hub, to the CPU, in evaluation mode.
+        """Load a folder, or a model owner/model of the Hugging Face hub, to the CPU, in evaluation mode, as `dtype`.
 
-        Args:
-            name_or_path: the folder, or owner/model.
-            dtype: number format of the weights, whatever the file has.
-            hub_options: see `resolve_folder`.
+        `hub_options` are those of `resolve_folder`.
 
         Raises:
             InputError: a missing or damaged file, another kind of model, or weights that do not fit config.json or
                 are not finite.
         """
         folder = resolve_folder(name_or_path, **hub_options)
-        config = read_config(folder / CONFIG_FILE, cls.config_class, cls.model_type)
+        content = read_json(folder / CONFIG_FILE)
+        kind = content.pop("model_type", None)
+        if kind != cls.model_type:
+            raise InputError(
+                f"{folder} holds a model of type {kind!r}, needed is {cls.model_type!r}; give another folder"
+            )
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(cls.config_class.from_file(content, folder / CONFIG_FILE))
         state = load_tensors(folder / WEIGHTS_FILE)
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
+        shapes = [{name: tuple(value.shape) for name, value in s.items()} for s in (state, model.state_dict())]
+        if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+            found, expected = (shape.get(wrong[0], "absent") for shape in shapes)
             raise InputError(
                 f"{folder}: weights do not fit {CONFIG_FILE}, {len(wrong)} differ, first {wrong[0]} "
-                f"(file: {found.get(wrong[0], 'absent')}, config: {expected.get(wrong[0], 'absent')}); "
-                "the folder mixes two models"
+                f"(file: {found}, config: {expected}); the folder mixes two models"
             )
         # a copy: the file's own tensors are a map of it, and would change or fail with the file
         state = {name: value.to(dtype, copy=True) for name, value in state.items()}
@@ -223,22 +189,16 @@ class SavedModel(nn.Module):
         return model.requires_grad_(True).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json, then model.safetensors; each appears whole.
-
-        Args:
-            folder: created if necessary.
-            dtype: number format of the weights in the file; None keeps the model's.
-        """
-        write_text(Path(folder) / CONFIG_FILE, config_text(self.config, self.model_type))
+        """Write config.json, then model.safetensors with weights of `dtype`, or the model's; each appears whole."""
+        content = {"model_type": self.model_type, **asdict(self.config)}
+        write_text(Path(folder) / CONFIG_FILE, json.dumps(content, indent=1))
         state = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
         save_tensors(Path(folder) / WEIGHTS_FILE, state)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model to the Hugging Face hub and return the commit's URL.
+        """Upload the model to owner/model of the Hugging Face hub, created if necessary; returns the commit's URL.
 
-        Args:
-            repo_id: owner/model; created if necessary.
-            options: of `huggingface_hub.HfApi.upload_folder`, for example path_in_repo, revision, token.
+        `options` are those of `huggingface_hub.HfApi.upload_folder`: path_in_repo, revision, ..., and token.
         """
         from huggingface_hub import HfApi
 
@@ -247,25 +207,3 @@ class SavedModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
-
-
-def config_text(config: Any, model_type: str) -> str:
-    """The content of config.json for a dataclass."""
-    return json.dumps({"model_type": model_type, **asdict(config)}, indent=1)
-
-
-def read_config(path: Path, kind: type[C], model_type: str) -> C:
-    """Read a config.json into a dataclass.
-
-    Raises:
-        InputError: a missing or damaged file, another kind of model, unknown or missing keys, or values that the
-            dataclass refuses.
-    """
-    content = read_json(path)
-    found = content.pop("model_type", None)
-    if found != model_type:
-        raise InputError(
-            f"{path.parent} holds a model of type {found!r}, needed is {model_type!r}; "
-            "give another folder, or train the model again if an earlier version wrote it"
-        )
-    return kind.from_file({name: value for name, value in content.items() if name not in TRANSFORMERS_KEYS}, path)

@@ -10,7 +10,17 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from common.errors import InputError
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one line that says what was given, what is allowed and what to do. Scripts print it
+    and exit with code 2; any other exception is a bug and keeps its traceback.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -20,26 +30,20 @@ def setting(
     default: Any = MISSING,
     help: str | None = None,
     *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
     unique: bool = False,
     reads: bool = False,
+    **bounds: float,
 ) -> Any:
     """A field of a `Config`.
 
     Args:
         default: a list is copied for each instance; omitted: the field is required.
         help: shown by --help.
-        ge: lower bound (>=) of a number, or of each entry of a list; any bound excludes infinity and NaN.
-        gt: lower bound (>).
-        le: upper bound (<=).
-        lt: upper bound (<).
         unique: the list must have at least one entry, and each once.
         reads: the setting is a folder or file that is read, so that it cannot be the output folder.
+        bounds: of a number, or of each entry of a list, as `check_range` takes them.
     """
-    metadata = {"help": help, "bounds": Bounds(ge=ge, gt=gt, le=le, lt=lt), "unique": unique, "reads": reads}
+    metadata = {"help": help, "bounds": bounds, "unique": unique, "reads": reads}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     if default is MISSING:
@@ -47,34 +51,31 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def is_finite(value: float) -> bool:
-    """Return whether a number is neither infinite nor NaN; integers of any size are finite."""
-    return isinstance(value, int) or math.isfinite(value)
+def check_range(
+    name: str,
+    value: float,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> None:
+    """Refuse a number outside an interval by an `InputError`; any bound excludes infinity and NaN."""
+    bounds = [(operator.ge, ge), (operator.gt, gt), (operator.le, le), (operator.lt, lt)]
+    if all(bound is None for _, bound in bounds):
+        return
+    finite = isinstance(value, int) or math.isfinite(value)  # integers may be too large for a float
+    if finite and all(bound is None or check(value, bound) for check, bound in bounds):
+        return
+    if le is None and lt is None:
+        allowed = f"at least {ge}" if gt is None else f"above {gt}"
+    else:
+        low = f"[{ge}" if gt is None else f"({gt}"
+        allowed = f"in {low}, {le}]" if lt is None else f"in {low}, {lt})"
+    raise InputError(f"{name} is {value}; it must be {'' if finite else 'finite and '}{allowed}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Interval of allowed numbers."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        if self == Bounds():
-            return True
-        checks = (operator.ge, self.ge), (operator.gt, self.gt), (operator.le, self.le), (operator.lt, self.lt)
-        return is_finite(value) and all(bound is None or check(value, bound) for check, bound in checks)
-
-    def __str__(self) -> str:
-        low = f"[{self.ge}" if self.gt is None else f"({self.gt}"
-        if self.le is None and self.lt is None:
-            return f"at least {self.ge}" if self.gt is None else f"above {self.gt}"
-        return f"in {low}, {self.le}]" if self.lt is None else f"in {low}, {self.lt})"
-
-
-def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
+def _checked(name: str, value: Any, hint: Any, bounds: dict[str, Any]) -> Any:
     """A value of the type of `hint`; numbers of NumPy become Python's."""
     if NoneType in get_args(hint):
         if value is None:
@@ -99,24 +100,19 @@ def _checked(name: str, value: Any, hint: Any, bounds: Bounds) -> Any:
             value = float(value)
     if not isinstance(value, (int, float) if hint is float else hint) or (hint is not bool and isinstance(value, bool)):
         raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")
-    if hint in (int, float) and value not in bounds:
-        finite = "" if is_finite(value) else "finite and "
-        raise InputError(f"{name} is {value}; it must be {finite}{bounds}")
+    if hint in (int, float):
+        check_range(name, value, **bounds)
     return value
 
 
 @dataclass(frozen=True)
 class Config:
-    """Base of frozen dataclasses that check types, choices and bounds of their fields (`setting`).
-
-    Raises:
-        InputError: a value that is not allowed.
-    """
+    """Base of frozen dataclasses whose fields (`setting`) are checked: types, choices and bounds, or `InputError`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for entry in fields(self):
-            bounds = entry.metadata.get("bounds", Bounds())
+            bounds = entry.metadata.get("bounds", {})
             value = _checked(entry.name, getattr(self, entry.name), hints[entry.name], bounds)
             if entry.metadata.get("unique") and value is not None and (not value or len(set(value)) < len(value)):
                 raise InputError(f"{entry.name} is {value}; give one or more values, each once")
@@ -124,25 +120,19 @@ class Config:
 
     @classmethod
     def from_file(cls, content: Any, path: str | Path) -> Self:
-        """Build from the content of a file.
-
-        Args:
-            content: what the file holds.
-            path: shown in errors.
+        """Build from the content of a file, whose `path` errors name.
 
         Raises:
             InputError: content that is not a mapping, unknown or missing keys, or values that are not allowed.
         """
         if not isinstance(content, dict):
             raise InputError(f"{path} holds no object with named values; restore it or create it again")
-        known = {entry.name: entry for entry in fields(cls)}
-        for name in content:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=2) or sorted(known)
-                raise InputError(f"{path}: unknown key {name!r}; did you mean {' or '.join(close)}?")
-        for name, entry in known.items():
-            if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
-                raise InputError(f"{path}: key {name!r} is missing; restore the file or create it again")
+        known = {entry.name: entry.default is MISSING and entry.default_factory is MISSING for entry in fields(cls)}
+        if unknown := [name for name in content if name not in known]:
+            close = difflib.get_close_matches(str(unknown[0]), known, n=2) or sorted(known)
+            raise InputError(f"{path}: unknown key {unknown[0]!r}; did you mean {' or '.join(close)}?")
+        if missing := [name for name, required in known.items() if required and name not in content]:
+            raise InputError(f"{path}: key {missing[0]!r} is missing; restore the file or create it again")
         try:
             return cls(**content)
         except InputError as error:
@@ -150,11 +140,7 @@ class Config:
 
 
 def integers(name: str, values: Sequence[int]) -> list[int]:
-    """Integers of any kind (Python, NumPy, PyTorch) as Python's.
-
-    Raises:
-        InputError: other values, such as 0.5.
-    """
+    """Integers of any kind (Python, NumPy, PyTorch) as Python's; other values are an `InputError`."""
     try:
         return [operator.index(value) for value in values]
     except TypeError as error:
@@ -162,11 +148,7 @@ def integers(name: str, values: Sequence[int]) -> list[int]:
 
 
 def report_lengths(given: Sequence[int] | None, num_channels: int, usual: Sequence[int]) -> list[int]:
-    """Each k of a report, in increasing order: the given ones, or the usual ones below num_channels and that.
-
-    Raises:
-        InputError: a k above num_channels.
-    """
+    """Each k of a report, in increasing order: the given ones, or the usual ones below num_channels and that."""
     lengths = sorted(given or {*(k for k in usual if k < num_channels), num_channels})
     if lengths[-1] > num_channels:
         raise InputError(f"num_tokens has {lengths[-1]}; this model has 1..{num_channels}")
@@ -182,10 +164,7 @@ class LoopConfig(Config):
     steps: int = setting(100_000, "optimizer steps in all", ge=1, le=10**9)
     batch_size: int = setting(256, "images a step, over all processes together", ge=1, le=2**20)
     micro_batch_size: int | None = setting(
-        None,
-        "images that a process handles at a time, gradients being added up; default: all of its own",
-        ge=1,
-        le=2**20,
+        None, "images a process handles at a time, adding up gradients; default: all its own", ge=1, le=2**20
     )
     learning_rate: float = setting(4e-4, "peak learning rate", gt=0)
     min_learning_rate: float = setting(0.0, "learning rate at the last step of a cosine", ge=0)
@@ -203,6 +182,7 @@ class LoopConfig(Config):
     checkpoint_every: int = setting(1000, "steps between checkpoints", ge=1)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", ge=1)
     trackers: list[str] = setting([], "accelerate's trackers to log to, for example tensorboard or wandb")
+    compile: bool = setting(False, "compile the network with torch.compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +192,6 @@ class ModelTrainingConfig(LoopConfig):
     init_from: str | None = setting(None, "folder of a trained model of the same kind to start from", reads=True)
     save_dtype: Dtype = setting("float32", "number format of the exported weights")
     validation_images: int = setting(2000, "held-out images that an evaluation uses", ge=1)
-    compile: bool = setting(False, "compile the network with torch.compile")
 
 
 @dataclass(frozen=True)

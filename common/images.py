@@ -1,11 +1,12 @@
-"""Image files, bytes 0..255 and floats in [-1, 1], and the conversions between them."""
+"""Image files, bytes 0..255 and floats in [-1, 1], the conversions between them, and plots."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from common.files import written_whole
 
+MAX_MARKERS = 12  # of a line in a plot; one with more points has none
+Lines = Mapping[str, Sequence[tuple[float, float]]]
 # none of these decoders starts another program, as Pillow's EPS decoder does
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
@@ -23,7 +26,7 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded: name and reason, both printable and on one line."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
+        super().__init__(name, reason)  # as pickle passes them to another process
         self.name, self.reason = _printable(name), _printable(reason)[:300]
 
     def __str__(self) -> str:
@@ -65,10 +68,7 @@ def decode_image(source: str | Path | bytes) -> Image.Image:
     """Decode a file, or the content of one, as an upright RGB image; of an animation the first frame.
 
     The format follows from the content, not from the file name. EXIF orientation is applied, transparency and
-    colour profiles are not; 16-bit grey is scaled to 8 bits. Memory is bounded by `Image.MAX_IMAGE_PIXELS`.
-
-    Raises:
-        Exception: of any class that Pillow raises on malformed content.
+    colour profiles are not; 16-bit grey is scaled to 8 bits. Malformed content raises any class of exception.
     """
     if not isinstance(source, bytes) and not Path(source).is_file():  # to open a pipe would block
         raise ValueError("missing, or not a regular file")
@@ -100,16 +100,14 @@ def load_image(source: str | Path | bytes, size: int, crop: Crop = MIDDLE_SQUARE
         name: name of the image in errors; None uses the path.
 
     Raises:
-        UnreadableImageError: not an image, damaged, cut short, or of more than `Image.MAX_IMAGE_PIXELS` pixels;
-            nothing else is raised, whatever the file holds.
+        UnreadableImageError: not an image, damaged, cut short, or of more than `Image.MAX_IMAGE_PIXELS` pixels.
     """
-    if name is None:
-        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         image = decode_image(source)
     except Exception as error:
         # Pillow's plugins raise whatever their code runs into: KeyError, struct.error, MemoryError, ...
-        raise UnreadableImageError(name, str(error) or type(error).__name__) from error
+        shown = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+        raise UnreadableImageError(name or shown, str(error) or type(error).__name__) from error
     side = min(image.size) * crop.share
     left, upper = (image.width - side) * crop.across, (image.height - side) * crop.down
     # sums of floats may exceed the edge by a rounding error, which Pillow refuses
@@ -140,55 +138,86 @@ def captioned_table(
 
     Args:
         rows: images, all of one size; rows may differ in length, and None is an empty cell.
-        row_labels: a caption to the left of each row; empty for none.
-        column_labels: a caption above each column; empty for none.
+        row_labels: captions on the left; empty for none, as the others.
+        column_labels: captions at the top.
         min_side: small images are enlarged by an integer factor until a side has about this many pixels.
-        cell_labels: a caption below each image; empty for none.
+        cell_labels: captions below the images.
     """
-    width, height = next(picture.size for row in rows for picture in row if picture)
-    factor = max(1, round(min_side / height))
-    height, width, gap = height * factor, width * factor, 4
-    font = ImageFont.load_default(size=14)
+    table = [[picture and _enlarged(picture, min_side) for picture in row] for row in rows]
+    width, height = next(picture.size for row in table for picture in row if picture)
+    font, gap = ImageFont.load_default(size=14), 4
     left = gap + max((int(font.getlength(label)) + 8 for label in row_labels), default=0)
     top = gap + (22 if column_labels else 0)
-    columns = max(len(row) for row in rows)
     line = height + gap + (18 if cell_labels else 0)
-    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * line), "white")
+    sheet = Image.new("RGB", (left + max(map(len, table)) * (width + gap), top + len(table) * line), "white")
     draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(row_labels):
         draw.text((gap, top + i * line + height // 2), label, "black", font, anchor="lm")
     for j, label in enumerate(column_labels):
         draw.text((left + j * (width + gap) + width // 2, gap + 9), label, "black", font, anchor="mm")
-    for i, row in enumerate(rows):
+    for i, row in enumerate(table):
         for j, picture in enumerate(row):
+            x, y = left + j * (width + gap), top + i * line
             if picture:
-                enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (left + j * (width + gap), top + i * line))
-    for i, row_of_labels in enumerate(cell_labels):
-        for j, label in enumerate(row_of_labels):
-            while font.getlength(label) > width:
-                label = label[:-1]
-            draw.text((left + j * (width + gap) + width // 2, top + i * line + height + 9), label, "black", font, "mm")
+                sheet.paste(picture, (x, y))
+            if cell_labels:
+                label = cell_labels[i][j]
+                while font.getlength(label) > width:
+                    label = label[:-1]
+                draw.text((x + width // 2, y + height + 9), label, "black", font, anchor="mm")
     return sheet
 
 
-def save_animation(
-    pictures: Sequence[Image.Image], path: str | Path, *, seconds: float = 3.0, min_side: int = 256
-) -> None:
-    """Write an animated WebP or GIF, by the ending of `path`; the last picture stays for a second.
+def _enlarged(picture: Image.Image, min_side: int) -> Image.Image:
+    factor = max(1, round(min_side / picture.height))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
-    Args:
-        pictures: of one size.
-        path: ends in .webp or .gif.
-        seconds: duration of all pictures but the last.
-        min_side: small pictures are enlarged by an integer factor until a side has about this many pixels.
-    """
-    width, height = pictures[0].size
-    factor = max(1, round(min_side / height))
-    frames = [picture.resize((width * factor, height * factor), Image.Resampling.NEAREST) for picture in pictures]
-    durations = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
+
+def save_animation(pictures: Sequence[Image.Image], path: str | Path) -> None:
+    """Write an animated WebP or GIF, by the ending of `path`: three seconds, then the last picture for a second."""
+    first, *others = [_enlarged(picture, min_side=256) for picture in pictures]
+    durations = [max(20, round(3000 / len(pictures)))] * len(others) + [1000]
+    settings: dict[str, Any] = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
     with written_whole(path) as temporary:
-        frames[0].save(
-            temporary, format=Path(path).suffix[1:].upper(), save_all=True, append_images=frames[1:],
-            duration=durations, loop=0, quality=90,
-        )  # fmt: skip
+        first.save(temporary, format=Path(path).suffix[1:].upper(), quality=90, **settings)
+
+
+def save_line_plot(
+    panels: Mapping[str, Lines],
+    path: str | Path,
+    *,
+    title: str,
+    x_label: str,
+    columns: int = 1,
+    log2_x: bool = False,
+) -> None:
+    """Draw panels, `columns` in a row, with one legend, in which a name has the same colour in all of them.
+
+    `panels`: lines of each panel by its title; points (x, y) of each line by its name. `log2_x`: logarithmic x axes.
+    """
+    # here, because drawing needs no plots
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
+        axis.set(title=panel, xlabel=x_label)
+        if log2_x:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(color="#dddddd", linewidth=0.8)
+        for name, points in lines.items():
+            marker = "o" if len(points) <= MAX_MARKERS else ""
+            axis.plot(*zip(*points, strict=True), marker=marker, color=f"C{names.index(name)}", label=name)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title)
+    if len(names) > 1:
+        handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns + 1, frameon=False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

@@ -7,20 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.config import InputError
 
 
 class Stream(IntEnum):
-    """Random streams of a training run: the second element of the key of `generator_for`.
-
-    Number 5 belongs to `generator.token_data`, which draws views with NumPy.
-    """
+    """Random streams of a training run: the second element of the key of `generator_for`; 5 is that of views."""
 
     ORDER = 1
     STEP = 2
     AUGMENTATION = 3
     DROPOUT = 4
-    PREFIX_LENGTH = 6
     PRIOR_LABELS = 7
     BIT_NOISE = 8
     NUM_TOKENS = 9
@@ -45,9 +41,6 @@ def uniforms(seeds: Sequence[int], num_channels: int) -> Tensor:
 
     Entry (i, j) is a function of seeds[i] and j alone, so an image does not depend on its neighbours, on the number of
     tokens, or on when sampling was stopped.
-
-    Raises:
-        InputError: a seed outside [0, 2**63).
     """
     return torch.from_numpy(np.stack([_philox(seed, 0).random(num_channels) for seed in seeds]))
 
@@ -56,8 +49,5 @@ def normals(seeds: Sequence[int], *shape: int) -> Tensor:
     """Standard normal numbers, a block for each seed and a function of it alone: (b *shape) float32, on the CPU.
 
     Independent of `uniforms` of the same seeds.
-
-    Raises:
-        InputError: a seed outside [0, 2**63).
     """
     return torch.from_numpy(np.stack([_philox(seed, 1).standard_normal(shape, np.float32) for seed in seeds]))

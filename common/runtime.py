@@ -1,6 +1,7 @@
 """Devices, number formats, signals, and processes that share work."""
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -9,36 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from common.config import DTYPES
-from common.errors import InputError
+from common.config import DTYPES, InputError
 
 M = TypeVar("M", bound=nn.Module)
 TIMEOUT = timedelta(days=2)  # of one process that waits for another, whose device may be slower or share larger
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else Apple MPS, else the CPU; any other name is taken as it is.
-
-    Raises:
-        InputError: a name that torch does not know, or a device that this machine does not have.
-    """
+    """`auto` is CUDA where there is one, else Apple MPS, else the CPU; one that is not there is an `InputError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not there.get(device.type, False):
-        raise InputError(f"device {name!r} is not available here; use auto or cpu")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is not available here; there are {torch.cuda.device_count()} CUDA devices")
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise InputError(f"device {name!r} is not available here; use auto or cpu; CUDA devices: {available['cuda']}")
     return device
 
 
@@ -66,11 +59,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def check_can_compile(device: torch.device) -> None:
-    """Refuse to compile for a CPU where there is no C++ compiler, before anything has begun.
-
-    Raises:
-        InputError: none is found; torch takes $CXX, g++ or clang++.
-    """
+    """Refuse to compile for a CPU where there is no C++ compiler, before anything has begun."""
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         raise InputError("compile needs a C++ compiler (g++, clang++ or $CXX); install one, or omit --compile")
 
@@ -82,17 +71,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
-def peak_memory_of_process(device: torch.device) -> int | None:
-    """The most bytes that this process has held: on CUDA those of torch's allocator, elsewhere resident memory.
-
-    None where the system does not report it (Windows).
-    """
+def peak_memory_of_process(device: torch.device) -> int:
+    """The most bytes that this process has held: on CUDA those of torch's allocator, elsewhere resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource  # there is none on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -109,29 +91,26 @@ class Interrupted(BaseException):
 
 
 class StopOnSignal:
-    """Context in which a signal only sets `.requested`.
+    """Context in which SIGINT (Ctrl-C) and SIGTERM (of a scheduler that ends a job) only set `.requested`.
 
     Args:
-        signals: Ctrl-C sends SIGINT, a scheduler that ends a job SIGTERM.
         patient: whether a second Ctrl-C is taken as the first was, and does not interrupt. Where a launcher passes
             signals on, one Ctrl-C comes twice. A second SIGTERM never ends the process: SIGKILL is there for that.
     """
 
-    def __init__(self, *signals: signal.Signals, patient: bool = False):
+    def __init__(self, *, patient: bool):
         self.requested = False
-        self._signals, self._patient = signals, patient
+        self._patient = patient
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupting = False
 
     def __enter__(self) -> Self:
         # signal handlers can be set in the main thread only; elsewhere nobody presses Ctrl-C
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self._signals}
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -146,7 +125,7 @@ class StopOnSignal:
         finally:
             self._interrupting = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.requested = True
         if number == signal.SIGINT and not self._patient:
             signal.signal(number, signal.default_int_handler)
@@ -162,7 +141,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The processes of a launcher: this one is `index` of `count` and uses `device`."""
+    """The processes of a launcher: this one is `index` of `count` and uses `device`; the main one writes files."""
 
     index: int
     count: int
@@ -171,15 +150,11 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process writes shared files."""
+        """Return whether this is the first process."""
         return self.index == 0
 
     def wait(self) -> None:
-        """Wait until every process has called this.
-
-        Raises:
-            InputError: another process has ended.
-        """
+        """Wait until every process has called this; that another process has ended is an `InputError`."""
         if self._state is None:
             return
         try:
@@ -192,14 +167,7 @@ class Workers:
 
 @contextmanager
 def launched_workers(device_name: str) -> Iterator[Workers]:
-    """The processes that a launcher started, or this one alone.
-
-    Args:
-        device_name: auto, cpu, cuda, cuda:1 or mps.
-
-    Raises:
-        InputError: a single GPU for several processes.
-    """
+    """The processes that a launcher started, or this one alone, on the device of a name that `pick_device` takes."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     device = pick_device("cpu" if on_cpu else device_name)
     if os.environ.get("WORLD_SIZE", "1") == "1":

@@ -35,7 +35,7 @@ class ClassifierTrainer(ImageTrainer):
         augmentation: AugmentationConfig,
         config: ClassifierConfig,
     ):
-        super().__init__(training, compiles=training.compile)
+        super().__init__(training)
         self.label_smoothing = training.label_smoothing
         self.images = open_images(
             data, augmentation, config.classifier_size,

@@ -4,6 +4,7 @@ The network is InceptionV3 as FID was defined with it (layer 2048, TensorFlow 1'
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import as_torch_file, fingerprint, load_foreign_state
-from common.errors import InputError
+from common.config import InputError
+from evaluation.frechet import RunningStatistics
 from tokenizer.classifier import PictureClassifier
 
 FEATURES = 2048  # dimensions of Inception's features
@@ -27,16 +29,15 @@ def _downloaded_weights() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"the Inception weights cannot be downloaded ({error}); give a copy of {path.name} with "
-            "--inception-weights, or do without it (reconstruction: --inception none, fid: --features FILE)"
-        ) from error
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"the Inception weights cannot be downloaded ({error}); give a copy of {path.name} with "
+                "--inception-weights, or do without it (reconstruction: --inception none, fid: --features FILE)"
+            ) from error
     return path
 
 
@@ -107,6 +108,17 @@ class FeatureExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Images as in `extract` -> features."""
         return self.extract(images)[0]
+
+    def statistics(self) -> RunningStatistics:
+        """Create empty statistics of features."""
+        return RunningStatistics(self.dimensions, self.device)
+
+    def accuracy(self, logits: Tensor, names: Sequence[str]) -> float | None:
+        """Share of logits (n c) that are highest for the class of that name; None if the network lacks a class."""
+        if not set(names) <= set(self.class_names):
+            return None
+        best = logits.argmax(1).tolist()
+        return sum(self.class_names[i] == name for i, name in zip(best, names, strict=True)) / len(names)
 
 
 def sample_metrics(features: Tensor, logits: Tensor, reference: Tensor) -> dict[str, float]:

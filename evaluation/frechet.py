@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.config import InputError
 
 
 class RunningStatistics:
@@ -65,9 +65,8 @@ class RunningStatistics:
 def frechet_distance(first: RunningStatistics, second: RunningStatistics) -> float:
     """Squared Fréchet distance of two normal distributions: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    With C = F F^T, the trace of the root is the sum of the singular values of F1^T F2. Unlike roots of the eigenvalues
-    of C1 C2, it is exact to rounding for covariances of less than full rank, as those of fewer images than dimensions
-    are (docs/reconstruction.md compares the two). The distance of equal sets is 0 up to rounding and may be negative.
+    With C = F F^T, the trace of the root is the sum of the singular values of F1^T F2, exact to rounding also for fewer
+    vectors than dimensions (docs/reconstruction.md). The distance of equal sets may be negative by rounding.
 
     Raises:
         InputError: one set has fewer than 2 vectors.

@@ -1,14 +1,19 @@
-"""Common parts of all reports: waiting for a device, machine and versions, tables in Markdown."""
+"""Common parts of all measurements: waiting for a device, machine and versions, tables and files of results."""
 
+import json
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "channeltok")
+from common.files import write_text
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers", "channeltok", "torchmetrics", "torch-fidelity")
 
 
 def synchronize(device: torch.device) -> None:
@@ -27,26 +32,27 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"cpu": name, "gpu": gpu, "threads": torch.get_num_threads(), "system": platform.system()}
 
 
-def versions(others: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, of the packages that every measurement depends on, and of `others`."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *others)}}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that measurements depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a script also runs from a folder that is not installed
+            found[name] = "(not installed)"
+    return found
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a script also runs from a folder that is not installed
-        return "(not installed)"
+def place(found: Mapping[str, Any]) -> str:
+    """Name the GPU, or the processor with its threads, and torch's version."""
+    where = found["machine"]
+    name = where["gpu"] or f"{where['cpu']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+    return f"{name}, torch {found['versions']['torch']}"
 
 
-def table_line(cells: Sequence[str]) -> str:
-    """Format a line of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def table_head(heads: Sequence[str]) -> list[str]:
-    """Format the first two lines of a table."""
-    return [table_line(heads), "|" + " --- |" * len(heads)]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
 def cell(value: float | None, form: str) -> str:
@@ -54,7 +60,8 @@ def cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def place(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Name the GPU, or the processor with its threads, and torch's version."""
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    return f"{where}, torch {versions['torch']}"
+def write_report(folder: str | Path, name: str, found: Mapping[str, Any], paragraphs: Iterable[str]) -> None:
+    """Write NAME.json with everything that was found and NAME.md with paragraphs of text."""
+    write_text(Path(folder) / f"{name}.json", json.dumps(found, indent=1))
+    write_text(Path(folder) / f"{name}.md", "\n\n".join(paragraphs) + "\n")
+    logger.info("%s.json and %s.md written to %s", name, name, folder)

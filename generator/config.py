@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import Config, Dtype, ModelTrainingConfig, setting
-from common.errors import InputError
+from common.config import Config, Dtype, InputError, ModelTrainingConfig, setting
 
-Weighting = Literal["none", "linear", "exponential"]
+Weighting = Literal["none", "linear"]
 DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "weights" / "demo")
 Size = Literal["S", "B", "L", "XL", "XXL"]
 Schedule = Literal["constant", "linear", "cosine", "interval"]
@@ -160,13 +159,9 @@ class GeneratorTrainingConfig(ModelTrainingConfig):
     label_dropout: float = setting(0.1, "share of labels replaced by the null label", ge=0, lt=1)
     dropout: float = setting(0.0, "share of entries zeroed after the embedding and in residual branches", ge=0, lt=1)
     attention_dropout: float = setting(0.0, "share of attention weights zeroed", ge=0, lt=1)
-    bit_flips: float = setting(
-        0.0, "flip input bits with a probability drawn evenly from 0 to this, not targets", ge=0, le=0.5
-    )
     position_weighting: Weighting = setting(
-        "none", "weight of the first token's loss over the last's: none 1, linear 2, exponential 16"
+        "none", "linear: the loss of the first token counts twice as much as that of the last"
     )
-    prefixes: bool = setting(False, "each step sees the first k tokens only, k drawn evenly from 1..C: half the work")
     prior_steps: int = setting(
         600, "steps of 512 images that fit the linear prior before the first step; 0 = none", ge=0
     )
@@ -180,11 +175,7 @@ class GeneratorTrainingConfig(ModelTrainingConfig):
     keep_best: bool = setting(False, "export the weights of the lowest validation loss, not those of the last step")
 
     def transformer(self, given: GeneratorConfig) -> GeneratorConfig:
-        """Size of the transformer: that of `size`, otherwise the given one.
-
-        Raises:
-            InputError: both are given.
-        """
+        """Size of the transformer: that of `size`, or the given one; an InputError if both are given."""
         if self.size and given != GeneratorConfig():
             raise InputError(f"size is {self.size}, and num_layers or other fields are given; give one or the other")
         return GENERATOR_SIZES[self.size] if self.size else given
@@ -192,7 +183,7 @@ class GeneratorTrainingConfig(ModelTrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
-    """Flags of sample.py beside those of sampling."""
+    """Flags of sample.py beside those of `SamplingConfig`."""
 
     class_labels: list[int] | None = setting(None, "classes by number")
     class_names: list[str] | None = setting(None, 'classes by name, for example "goldfish"')
@@ -237,20 +228,14 @@ class SampleConfig(Config):
         super().__post_init__()
         if (self.sketch_tokens is None) != (self.keep is None):
             raise InputError("sketch_tokens and keep go together; give both or neither")
-        if self.sketch_tokens is not None and self.num_tokens is not None and len(set(self.num_tokens)) > 1:
+        if self.sketch_tokens is not None and len(set(self.num_tokens or [])) > 1:
             raise InputError("num_tokens must be one number with sketch_tokens")
         if self.prefix_tokens is not None and self.prefix_image is None:
             raise InputError("prefix_tokens is given without --prefix-image; give both or neither")
         if self.rows is not None and self.continue_from is None:
             raise InputError("rows are those of a drawing; give it with --continue-from")
-        if self.continue_from is None:
-            return
-        named = {
-            "class_labels": self.class_labels, "class_names": self.class_names,
-            "prefix_image": self.prefix_image, "sketch_tokens": self.sketch_tokens,
-        }  # fmt: skip
-        for name, value in named.items():
-            if value is not None:
-                raise InputError(f"{name} does not go with continue_from, which has the classes; omit it")
-        if self.seed or self.samples_per_class != 1:
-            raise InputError("seed and samples_per_class do not go with continue_from: the drawing has them")
+        if self.continue_from is not None:
+            settled = "class_labels", "class_names", "prefix_image", "sketch_tokens", "seed", "samples_per_class"
+            for entry in fields(self):
+                if entry.name in settled and getattr(self, entry.name) != entry.default:
+                    raise InputError(f"{entry.name} does not go with continue_from: that drawing has it; omit it")

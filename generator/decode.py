@@ -27,14 +27,10 @@ STREAMS = 4  # parts of a matrix that are read at the same time, which hides the
 
 
 class Products(NamedTuple):
-    """One kind of arithmetic.
+    """One kind of arithmetic; all results are float32, and masks (l,) are added to scores."""
 
-    linear: rows (b i) float32, weight (o i) -> (b o) float32.
-    attend: query (b n d) float32, keys and values (b n l d), mask (l,) float32, added to scores -> (b n d) float32.
-    """
-
-    linear: Callable[[Tensor, Tensor], Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor], Tensor]  # rows (b i) float32, weight (o i) -> (b o)
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # query (b n d), keys, values (b n l d), mask -> (b n d)
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -137,10 +133,9 @@ class Cache:
 
     entries: Tensor
 
-    def layers(self, start: int, end: int, length: int) -> list[LayerCache]:
-        """Views of the first `length` positions of rows start..end-1, a pair for each layer."""
-        views = self.entries[:, :, start:end, :, :length]
-        return [(keys, values) for keys, values in (layer.unbind() for layer in views.unbind())]
+    def layers(self, rows: slice, length: int) -> list[LayerCache]:
+        """Views of the first `length` positions of some rows, a pair for each layer."""
+        return [(keys, values) for keys, values in self.entries[:, :, rows, :, :length].unbind()]
 
     def take_rows(self, source: "Cache", rows: Tensor, length: int) -> None:
         """Copy rows (b,) of another cache into the rows of this one, the first `length` positions."""
@@ -162,16 +157,10 @@ def blocks(
     position: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Apply some blocks to one position of every row and write its keys and values into the caches.
+    """Apply some blocks to one position of every row (b d), and write its keys and values into the caches.
 
-    Args:
-        products: the arithmetic.
-        hidden: (b d) float32.
-        layers: the blocks' weights.
-        caches: their caches.
-        rotation: cosines and signed sines of all positions, (C head_dim) each.
-        position: (1,) int64, a tensor so that one compiled or captured program serves all positions.
-        mask: (length,) float32, 0 up to the position, -inf beyond.
+    `rotation`: cosines and signed sines of all positions, (C head_dim) each. `position`: (1,) int64, a tensor so that
+    one compiled or captured program serves all positions. `mask`: (length,) float32, 0 up to it, -inf beyond.
     """
     num_heads = caches[0][0].shape[1]
     cos, sin = (table.index_select(0, position) for table in rotation)

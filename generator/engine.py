@@ -45,7 +45,7 @@ class Batch:
     capacity: int
     guided: bool
     next_position: int = 0  # the host's copy of `position`
-    views: dict[int, list[tuple[int, int, list[LayerCache]]]] = field(default_factory=dict)
+    views: dict[int, list[list[LayerCache]]] = field(default_factory=dict)  # by length, for each part of the rows
     graphs: dict[Any, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     @property
@@ -58,8 +58,8 @@ class Batch:
 def _compiled(function: types.FunctionType, rows: int) -> Callable[..., Tensor]:
     """Compile a function for so many rows.
 
-    Each number of rows gets a code object of its own: torch.compile counts the versions of a code
-    object, and past a limit it falls back to eager without a warning.
+    Each number of rows gets its own code object: torch.compile falls back to eager, without a warning, after a limited
+    number of versions of one.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{rows}_rows")
     own = types.FunctionType(code, function.__globals__, code.co_name)
@@ -95,8 +95,6 @@ class Engine:
         # compiling all layers as one takes minutes, and each call has a cost: groups of equal size
         self._group = max(size for size in (1, 2, 3, 4, 5, 6) if len(decoder.layers) % size == 0)
 
-    # --------------------------------------------------------------------------------- batches
-
     def slots(self, images: int) -> int:
         """Images rounded up to a size that is compiled or captured: 1, 2, 4, or a multiple of 8."""
         if not (self.compile or self.captures):
@@ -104,32 +102,21 @@ class Engine:
         return next((size for size in (1, 2, 4) if size >= images), -(-images // 8) * 8)
 
     def begin(
-        self,
-        class_labels: Tensor,
-        tokens: Tensor,
-        given: Tensor,
-        uniforms: Tensor,
-        scales: Tensor,
-        guided: bool,
+        self, class_labels: Tensor, tokens: Tensor, given: Tensor, uniforms: Tensor, scales: Tensor, guided: bool
     ) -> Batch:
-        """Start a batch at position 0.
+        """Start a batch at position 0: labels (b,), tokens (b k) of which the first given[i] are read and not drawn.
 
-        Args:
-            class_labels: (b,) int64.
-            tokens: (b k) int64: k is the most that will be drawn; the first given[i] of row i are read, not drawn.
-            given: (b,) int64.
-            uniforms: (b k) in [0, 1).
-            scales: (C,), guidance at each position.
-            guided: whether any of them is not 1.
+        k is the most that will be drawn, `uniforms` (b k) are in [0, 1), `scales` (C,) is the guidance at each
+        position, and `guided` whether any of them is not 1.
         """
-        device, length = self.decoder.device, tokens.shape[1]
+        device, length, tables = self.decoder.device, tokens.shape[1], self.decoder.tables
         batch = self._acquire(len(class_labels), length, guided)
         rows = self._filled(range(len(class_labels)), batch.images)
         labels = class_labels.to(device)[rows]
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.decoder.config.null_label)])
-        batch.class_vectors.copy_(self.decoder.tables.class_vectors[labels])
-        batch.class_odds.copy_(self.decoder.tables.class_odds[labels])
+        batch.class_vectors.copy_(tables.class_vectors[labels])
+        batch.class_odds.copy_(tables.class_odds[labels])
         self.set_prefix(batch, tokens.to(device)[rows], given.to(device)[rows])
         batch.uniforms[:, :length] = uniforms.to(device, batch.uniforms.dtype)[rows]
         batch.scales.copy_(scales)
@@ -203,8 +190,6 @@ class Engine:
             guided=guided,
         )
 
-    # --------------------------------------------------------------------------------- steps
-
     @torch.no_grad()
     def feed(self, batch: Batch) -> None:
         """Read one more token of a prefix without drawing."""
@@ -214,11 +199,8 @@ class Engine:
     def advance(self, batch: Batch, sampling: SamplingConfig, *, guided: bool, scored: bool) -> None:
         """Draw one more token of every image.
 
-        Args:
-            batch: its `tokens` hold the new token afterwards.
-            sampling: the filters.
-            guided: whether this position's scale is not 1; rows without class are computed in any case.
-            scored: add the tokens' log-likelihood (of the conditional model itself, before any filter).
+        `guided` tells whether this position's scale is not 1; rows without class are computed in any case. `scored`
+        adds the tokens' log-likelihood (of the conditional model itself, before any filter).
         """
         key = (sampling.temperature, sampling.top_k, sampling.top_p, guided, scored)
         self._run(batch, key, partial(self._advance, batch, self._length(batch), sampling, guided, scored))
@@ -228,29 +210,29 @@ class Engine:
         return min(-(-(batch.next_position + 1) // LENGTH_STEP) * LENGTH_STEP, batch.capacity, channels)
 
     def _run(self, batch: Batch, key: Any, step: Callable[[], None]) -> None:
-        if not self.captures:
-            step()
-        else:
-            full_key = (key, self._length(batch))
-            if full_key not in batch.graphs:
+        key = (key, self._length(batch))
+        if self.captures:
+            if key not in batch.graphs:
                 if len(batch.graphs) >= KEPT_GRAPHS:
                     batch.graphs.clear()
-                batch.graphs[full_key] = self._capture(batch, step)
-            batch.graphs[full_key].replay()
+                batch.graphs[key] = self._capture(batch, step)
+            batch.graphs[key].replay()
+        else:
+            step()
         batch.next_position += 1
 
     def _capture(self, batch: Batch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record a step. Warming up changes the batch, so its state is restored; the cache is written again."""
         changed = (batch.tokens, batch.bits, batch.position, batch.log_likelihood)
         before = [tensor.clone() for tensor in changed]
-        side = torch.cuda.Stream(self.decoder.device)
-        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
+        side, current = torch.cuda.Stream(self.decoder.device), torch.cuda.current_stream(self.decoder.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):
                 step()
                 for tensor, value in zip(changed, before, strict=True):
                     tensor.copy_(value)
-        torch.cuda.current_stream(self.decoder.device).wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             step()
@@ -284,21 +266,21 @@ class Engine:
         if batch.guided:
             previous = torch.cat([previous, previous])
         if length not in batch.views:
-            batch.views[length] = self._parts(batch, len(previous), length)
+            batch.views[length] = [batch.cache.layers(part, length) for part in self._parts(len(previous))]
+            if self.compile:
+                for entry in (entry for layers in batch.views[length] for pair in layers for entry in pair):
+                    torch._dynamo.mark_dynamic(entry, 2)  # noqa: SLF001 - documented, in spite of its name
         mask = torch.where(self._arange[:length] <= position, 0.0, -torch.inf)
         if self.compile:
             torch._dynamo.mark_dynamic(mask, 0)  # noqa: SLF001
         outputs = []
-        for start, end, caches in batch.views[length]:
-            rows = end - start
-            hidden = self._call(
-                embed, rows, previous[start:end], batch.class_vectors[start:end], decoder.tables, position
-            )
-            size = self._group if self._sums(rows) else len(decoder.layers)
+        for part, caches in zip(self._parts(len(previous)), batch.views[length], strict=True):
+            hidden = self._call(embed, previous[part], batch.class_vectors[part], decoder.tables, position)
+            size = self._group if self._sums(len(hidden)) else len(decoder.layers)
             for first in range(0, len(decoder.layers), size):
                 group = slice(first, first + size)
                 hidden = self._call(
-                    blocks, rows, hidden, decoder.layers[group], caches[group], decoder.rotation, position, mask
+                    blocks, hidden, decoder.layers[group], caches[group], decoder.rotation, position, mask
                 )
             outputs.append(hidden)
         return torch.cat(outputs)
@@ -307,17 +289,9 @@ class Engine:
         """Log-odds (rows n) and pairs (rows n n) of the next code; rows without class only where `guided`."""
         decoder, position, bits = self.decoder, batch.position, batch.bits.shape[2]
         rows = batch.images * (2 if guided else 1)
-        trunk = torch.cat(
-            [
-                self._call(head, len(part), part, decoder.tables, position)
-                for part in hidden[:rows].split(self._few if self._in_parts else rows)
-            ]
-        )
+        trunk = torch.cat([self._call(head, hidden[part], decoder.tables, position) for part in self._parts(rows)])
         linear = torch.cat(
-            [
-                self._call(prior, len(part), part, decoder.tables, position)
-                for part in batch.bits.split(self._few if self._in_parts else batch.images)
-            ]
+            [self._call(prior, batch.bits[part], decoder.tables, position) for part in self._parts(batch.images)]
         )
         if guided:
             linear = torch.cat([linear, linear])
@@ -325,21 +299,17 @@ class Engine:
         pairs = trunk[:, bits:] + decoder.tables.pairs.index_select(0, position)
         return trunk[:, :bits] + linear + class_odds, pairs.unflatten(1, (bits, bits))
 
-    def _parts(self, batch: Batch, num_rows: int, length: int) -> list[tuple[int, int, list[LayerCache]]]:
+    def _parts(self, num_rows: int) -> list[slice]:
+        """Rows that are computed together: a few where a CPU's sums are compiled, else all."""
         size = self._few if self._in_parts else num_rows
-        edges = [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-        parts = [(start, end, batch.cache.layers(start, end, length)) for start, end in edges]
-        if self.compile:
-            for entry in (entry for _, _, layers in parts for pair in layers for entry in pair):
-                torch._dynamo.mark_dynamic(entry, 2)  # noqa: SLF001 - documented, in spite of its name
-        return parts
+        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
     def _sums(self, rows: int) -> bool:
         return self.compile and rows <= self._few
 
-    def _call(self, function: Any, rows: int, *arguments: Any) -> Tensor:
+    def _call(self, function: Any, rows: Tensor, *arguments: Any) -> Tensor:
         """Call a function of generator.decode: compiled sums for few rows, otherwise the library's products."""
-        if self._sums(rows):
-            return _compiled(function, rows)(SUMS, *arguments)
-        result: Tensor = function(LIBRARY, *arguments)
+        if self._sums(len(rows)):
+            return _compiled(function, len(rows))(SUMS, rows, *arguments)
+        result: Tensor = function(LIBRARY, rows, *arguments)
         return result

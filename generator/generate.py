@@ -8,24 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.config import Refinement
-from common.errors import InputError
+from common.config import InputError, Refinement
 from common.images import to_pil
 from common.randomness import uniforms
 from generator.config import ChannelGPTConfig, SamplingConfig
 from generator.engine import Batch, Engine
 from generator.sampling import guidance_scales
-
-
-class Preview:
-    """Images of a step, decoded or being decoded."""
-
-    def __init__(self, num_tokens: int, pending: Any):
-        self.num_tokens, self._pending = num_tokens, pending
-
-    def pictures(self) -> list[Image.Image]:
-        """One image for each row; waits for them if necessary."""
-        return [to_pil(image) for image in self._pending.images()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +36,14 @@ class Step:
     _decoder: Any
 
     def preview(self, refine: int | Refinement = 0) -> list[Image.Image]:
-        """Decode what has been drawn: one whole image for each row. Drawing waits meanwhile.
+        """Decode what has been drawn, an image for each row; drawing waits meanwhile. `refine`: see `start_preview`."""
+        return [to_pil(image) for image in self.start_preview(refine).images()]
+
+    def start_preview(self, refine: int | Refinement = 0) -> Any:
+        """Start to decode; on CUDA in parallel with drawing, elsewhere when `.images()` of the result is called.
 
         Args:
             refine: steps of the refiner, or all its settings; 0: none.
-        """
-        return self.begin_preview(refine).pictures()
-
-    def begin_preview(self, refine: int | Refinement = 0) -> Preview:
-        """Start to decode; on CUDA in parallel with drawing, elsewhere when the images are requested.
-
-        Args:
-            refine: steps of the refiner, or all its settings, applied when the images are requested; 0: none.
 
         Raises:
             InputError: a stream without a decoder of images, or a model without refiner.
@@ -67,7 +51,7 @@ class Step:
         if self._decoder is None:
             raise InputError("this stream has no decoder of images; draw with a ChannelTokPipeline")
         options = {"refine": refine} if refine else {}
-        return Preview(self.num_tokens, self._decoder.start(self.tokens, torch.tensor(self.lengths), **options))
+        return self._decoder.start(self.tokens, torch.tensor(self.lengths), **options)
 
     def stop(self, images: Sequence[int]) -> None:
         """Stop some images here; the others continue, at the cost of the smaller batch.
@@ -75,60 +59,51 @@ class Step:
         Raises:
             InputError: an index that is no image of this stream.
         """
-        for image in images:
-            if not 0 <= image < len(self.lengths):
-                raise InputError(f"there is no image {image} to stop; there are 0..{len(self.lengths) - 1}")
-        self._stopped.update(images)
+        self._stopped.update(self._known(images))
 
     def keep(self, images: Sequence[int]) -> None:
-        """Stop all images but these."""
-        self.stop(images=[])
-        kept = set(images)
-        if unknown := kept - set(range(len(self.lengths))):
-            raise InputError(f"there is no image {min(unknown)} to keep; there are 0..{len(self.lengths) - 1}")
-        self.stop([image for image in range(len(self.lengths)) if image not in kept])
+        """Stop all images but these; errors as in `stop`."""
+        self._stopped.update(set(range(len(self.lengths))) - self._known(images))
+
+    def _known(self, images: Sequence[int]) -> set[int]:
+        count = len(self.lengths)
+        for image in images:
+            if not 0 <= image < count:
+                raise InputError(f"there is no image {image} to stop or keep; there are 0..{count - 1}")
+        return set(images)
 
 
 def _check(
-    config: ChannelGPTConfig,
-    labels: Tensor,
-    seeds: Sequence[int],
-    num_tokens: Sequence[int],
-    sampling: SamplingConfig,
-    prefix: Tensor | None,
-    prefix_lengths: Sequence[int],
+    config: ChannelGPTConfig, labels: Sequence[int], seeds: Sequence[int], ends: list[int], sampling: SamplingConfig
 ) -> None:
-    if not len(labels):
+    if not labels:
         raise InputError("class_labels is empty; give at least one class")
-    config.check_labels(labels.tolist())
-    if len(seeds) != len(labels):
-        raise InputError(f"there are {len(seeds)} seeds for {len(labels)} class labels; give one for each")
-    if len(num_tokens) != len(labels):
-        raise InputError(
-            f"there are {len(num_tokens)} num_tokens for {len(labels)} class labels; give one for all or one for each"
-        )
-    for count in num_tokens:
-        if not 1 <= count <= config.num_channels:
-            raise InputError(f"num_tokens is {count}; this model draws 1..{config.num_channels}")
+    config.check_labels(labels)
+    for name, values in (("seeds", seeds), ("num_tokens", ends)):
+        if len(values) != len(labels):
+            raise InputError(f"there are {len(values)} {name} for {len(labels)} class labels; give one for each")
+    for end in ends:
+        if not 1 <= end <= config.num_channels:
+            raise InputError(f"num_tokens is {end}; this model draws 1..{config.num_channels}")
     if sampling.cfg_scale != 1 and not config.has_null_label:
         raise InputError(f"cfg_scale is {sampling.cfg_scale}, but this model was trained without null label; use 1")
-    if prefix is None:
-        return
+
+
+def _check_prefix(config: ChannelGPTConfig, prefix: Tensor, given: list[int], ends: list[int]) -> None:
     if prefix.dtype.is_floating_point or prefix.dtype.is_complex or prefix.dtype == torch.bool:
         raise InputError(f"prefix tokens are of type {prefix.dtype}; give integers")
-    if prefix.ndim != 2 or len(prefix) != len(labels):
+    if prefix.ndim != 2 or not len(prefix) == len(given) == len(ends):
         raise InputError(
-            f"prefix tokens are {tuple(prefix.shape)}; allowed are ({len(labels)}, j), a row for each label"
+            f"prefix tokens are {tuple(prefix.shape)} with {len(given)} lengths; allowed are ({len(ends)}, j), "
+            "a row and a length for each label"
         )
-    if len(prefix_lengths) != len(labels):
-        raise InputError(f"there are {len(prefix_lengths)} prefix lengths for {len(labels)} labels; give one for each")
-    for count, length in zip(num_tokens, prefix_lengths, strict=True):
-        if not 1 <= length <= prefix.shape[1] or length >= count:
+    for end, length in zip(ends, given, strict=True):
+        if not 1 <= length <= prefix.shape[1] or length >= end:
             raise InputError(
-                f"a prefix has {length} tokens of {prefix.shape[1]} for num_tokens {count}; "
+                f"a prefix has {length} tokens of {prefix.shape[1]} for num_tokens {end}; "
                 "it must have at least 1 and fewer than num_tokens"
             )
-    if int(prefix.min()) < 0 or int(prefix.max()) >= config.codebook_size:
+    if int(prefix.long().min()) < 0 or int(prefix.long().max()) >= config.codebook_size:
         raise InputError(f"prefix tokens go beyond the codebook; allowed are 0..{config.codebook_size - 1}")
 
 
@@ -163,16 +138,17 @@ def stream(
     Raises:
         InputError: at the call, not at the first step, if an argument is out of its range.
     """
-    labels = torch.tensor(list(class_labels), dtype=torch.long)
-    counts = [num_tokens] * len(labels) if isinstance(num_tokens, int) else list(num_tokens)
-    prefix = prefix if prefix is None or prefix.dtype.is_floating_point else prefix.long()
-    if prefix is None:
-        given = [0] * len(labels)
-    else:
+    labels = list(class_labels)
+    ends = [num_tokens] * len(labels) if isinstance(num_tokens, int) else list(num_tokens)
+    _check(engine.decoder.config, labels, seeds, ends, sampling)
+    tokens, given = torch.zeros(len(labels), max(ends), dtype=torch.long), [0] * len(labels)
+    if prefix is not None:
         given = [prefix.shape[-1]] * len(labels) if prefix_lengths is None else list(prefix_lengths)
-    _check(engine.decoder.config, labels, seeds, counts, sampling, prefix, given)
-    numbers = uniforms(seeds, max(counts))
-    return _Stream(engine, labels, numbers, counts, sampling, prefix, given, scored, decoder).steps()
+        _check_prefix(engine.decoder.config, prefix, given, ends)
+        for row, length in enumerate(given):
+            tokens[row, :length] = prefix[row, :length]
+    numbers = uniforms(seeds, max(ends))
+    return _Stream(engine, torch.tensor(labels), numbers, ends, sampling, tokens, given, scored, decoder).steps()
 
 
 class _Stream:
@@ -183,31 +159,25 @@ class _Stream:
         engine: Engine,
         labels: Tensor,
         numbers: Tensor,
-        counts: list[int],
+        ends: list[int],
         sampling: SamplingConfig,
-        prefix: Tensor | None,
+        tokens: Tensor,
         given: list[int],
         scored: bool,
         decoder: Any,
     ):
-        self.engine, self.labels, self.numbers, self.counts = engine, labels, numbers, counts
-        self.decoder = decoder
-        self.sampling, self.given, self.scored = sampling, given, scored
-        self.ends = list(counts)  # where each image ends; it may be stopped before
+        self.engine, self.labels, self.numbers, self.tokens = engine, labels, numbers, tokens
+        self.sampling, self.given, self.scored, self.decoder = sampling, given, scored, decoder
+        self.ends, self.last = list(ends), max(ends)  # an image may be stopped before its end
         self.scales = guidance_scales(sampling, engine.decoder.config.num_channels)
-        guided = [scale != 1 for scale in self.scales.tolist()[: max(counts)]]
-        self.guided = guided
+        self.guided = [scale != 1 for scale in self.scales.tolist()[: self.last]]
         # from here on rows without class are not needed
-        self.guided_end = max((position + 1 for position, on in enumerate(guided) if on), default=0)
-        self.tokens = torch.zeros(len(labels), max(counts), dtype=torch.long)
-        for row, length in enumerate(given):
-            if prefix is not None:
-                self.tokens[row, :length] = prefix[row, :length]
+        self.guided_end = max((position + 1 for position, on in enumerate(self.guided) if on), default=0)
         self.images = list(range(len(labels)))
         self.shared = min(given)
         # images of the same class and the same prefix are read once and forked; this is the last host value read
         beginnings = [
-            (label, *row) for label, row in zip(labels.tolist(), self.tokens[:, : self.shared].tolist(), strict=True)
+            (label, *row) for label, row in zip(labels.tolist(), tokens[:, : self.shared].tolist(), strict=True)
         ]
         firsts = {key: image for image, key in reversed(list(enumerate(beginnings)))}
         self.distinct = sorted(firsts.values()) if self.shared else self.images
@@ -218,9 +188,9 @@ class _Stream:
         batch = self._prefilled()
         try:
             out = self.tokens.to(self.engine.decoder.device)
-            likelihood = torch.zeros(len(self.counts), device=out.device)
+            likelihood = torch.zeros(len(self.ends), device=out.device)
             stopped: set[int] = set()
-            for position in range(batch.next_position, max(self.counts)):
+            for position in range(batch.next_position, self.last):
                 self.engine.advance(batch, self.sampling, guided=self.guided[position], scored=self.scored)
                 self._record(batch, position, out, likelihood)
                 yield self._step(position + 1, out, likelihood, stopped)
@@ -234,7 +204,10 @@ class _Stream:
                 ]
                 if not live:
                     return
-                batch = self._compacted(batch, live, position + 1)
+                if self.engine.slots(len(live)) < batch.images:
+                    batch = self.engine.select(batch, live, batch.guided and position + 1 < self.guided_end)
+                    self.images = [self.images[slot] for slot in live]
+                batch = self._without_guidance(batch, position + 1, len(self.images))
         finally:
             self.engine.release(batch)
 
@@ -264,10 +237,10 @@ class _Stream:
 
     def _prefilled(self) -> Batch:
         """Read the prefixes in the same steps that would have drawn them, so that continuing changes no result."""
-        chosen = self.distinct
+        chosen, given = self.distinct, torch.tensor(self.given)
         batch = self.engine.begin(
-            self.labels[chosen], self.tokens[chosen], torch.tensor(self.given)[chosen],
-            self.numbers[chosen], self.scales, self.guided_end > 0,
+            self.labels[chosen], self.tokens[chosen], given[chosen], self.numbers[chosen], self.scales,
+            self.guided_end > 0,
         )  # fmt: skip
         for position in range(self.shared):
             if self.scored:
@@ -275,24 +248,14 @@ class _Stream:
             else:
                 self.engine.feed(batch)
             batch = self._without_guidance(batch, position + 1, len(chosen))
-        return self._forked(batch) if self.sources != self.images else batch
-
-    def _forked(self, batch: Batch) -> Batch:
-        """A slot for every image, from the slots that have read its prefix."""
-        batch = self.engine.select(batch, self.sources, batch.guided)
-        count = len(self.images)
-        self.engine.set_prefix(batch, self.tokens, torch.tensor(self.given))
-        batch.uniforms[:count, : self.numbers.shape[1]] = self.numbers.to(batch.uniforms)
+        if self.sources != self.images:  # a slot for every image, from the slots that have read its prefix
+            batch = self.engine.select(batch, self.sources, batch.guided)
+            self.engine.set_prefix(batch, self.tokens, given)
+            batch.uniforms[: len(self.images), : self.last] = self.numbers.to(batch.uniforms)
         return batch
 
     def _without_guidance(self, batch: Batch, position: int, count: int) -> Batch:
+        """Drop rows without class after the last guided position."""
         if batch.guided and position >= self.guided_end:
             return self.engine.select(batch, range(count), guided=False)
         return batch
-
-    def _compacted(self, batch: Batch, live: list[int], position: int) -> Batch:
-        """Drop finished images, and rows without class after the last guided position."""
-        if self.engine.slots(len(live)) < batch.images:
-            batch = self.engine.select(batch, live, batch.guided and position < self.guided_end)
-            self.images = [self.images[slot] for slot in live]
-        return self._without_guidance(batch, position, len(self.images))

@@ -1,6 +1,7 @@
 """ChannelGPT: a transformer over channel tokens that predicts the bits of the next channel's code."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.bit_prior import BitPrior
 from common.checkpoint import SavedModel, resolve_folder
-from common.errors import InputError
+from common.config import InputError
 from generator.config import ChannelGPTConfig, GeneratorConfig, size_of
 
 INIT_STD = 0.02
@@ -19,13 +20,7 @@ NORM_EPS = 1e-5
 
 
 class ChannelMap(nn.Module):
-    """A linear map for each channel: a weight shared by all channels plus one of each channel, all initially 0.
-
-    Args:
-        num_channels: C.
-        inputs: i.
-        outputs: o.
-    """
+    """A linear map for each channel: a weight shared by all channels plus one of each channel, all initially 0."""
 
     def __init__(self, num_channels: int, inputs: int, outputs: int):
         super().__init__()
@@ -86,12 +81,8 @@ class ChannelGPT(SavedModel):
     Tokens are predicted bit by bit. The log-odds of a bit are the sum of a linear prior over all earlier bits
     (`BitPrior`), of the transformer's output for its channel, and of a weight, also from the transformer, for each
     earlier bit of the same token. So the probabilities of the 2**n codes of a token sum to 1 by construction, and no
-    weight has a row for each code.
-
-    Args:
-        config: sizes, classes and the tokenizer.
-        dropout: probability of dropping entries after the embedding and in each residual branch.
-        attention_dropout: probability of dropping attention weights.
+    weight has a row for each code. `dropout` is the probability of dropping entries after the embedding and in each
+    residual branch, `attention_dropout` that of attention weights.
     """
 
     config_class = ChannelGPTConfig
@@ -124,36 +115,32 @@ class ChannelGPT(SavedModel):
         nn.init.normal_(self.bit_head.shared, std=INIT_STD / 10)
         nn.init.zeros_(self.pair_head.weight)
 
-    def forward(self, class_labels: Tensor, bits: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def forward(self, class_labels: Tensor, bits: Tensor) -> Tensor:
         """Log-odds of each bit given the class, the tokens before it and the bits before it in its own token.
 
         Args:
             class_labels: (b,) in [0, null_label].
             bits: (b k n), entries +-1, k <= C.
-            inputs: what the transformer reads in place of `bits`, for example with some of them flipped.
 
         Returns:
             (b k n) float32. The negative log-likelihood of token t is softplus(-bits[:, t] * result[:, t]).sum(-1).
         """
         length, config = bits.shape[1], self.config
         # fmt: off
-        x = self.read_bits(bits if inputs is None else inputs)                                  # b k d
+        x = self.read_bits(bits)                                                                # b k d
         x = F.pad(x[:, :-1], (0, 0, 1, 0))                                                      # b k d, shifted by one
         x = x + self.channel_vectors[:length] + self.class_vectors[class_labels, None]          # b k d
         x = self.dropout(x)
         cos, sin = rotary_tables(length, config.head_dim, config.rope_theta, x.device)          # k head_dim
+        # with checkpoints, activations are computed again in the backward pass
+        call = partial(checkpoint, use_reentrant=False) if self.checkpoints_blocks else nn.Module.__call__
         for block in self.blocks:
-            x = self._call(block, x, cos, sin)                                                  # b k d
+            x = call(block, x, cos, sin)                                                        # b k d
         x = self.norm(x)
         pairs = lower_triangle(self.pair_head(x).float(), config.num_bits)                      # b k n n
         log_odds = self.bit_head(x).float() + (pairs * bits[:, :, None]).sum(-1)                # b k n
         return log_odds + self.prior.log_odds(bits, class_labels)                               # b k n
         # fmt: on
-
-    def _call(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Call a block; with `checkpoints_blocks` its activations are computed again in the backward pass."""
-        output: Tensor = checkpoint(block, *inputs, use_reentrant=False) if self.checkpoints_blocks else block(*inputs)
-        return output
 
 
 def lower_triangle(entries: Tensor, size: int) -> Tensor:
@@ -170,10 +157,8 @@ def start_from(name_or_path: str | Path, config: ChannelGPTConfig, **dropouts: f
     If the classes differ, each new one starts as the null class, or as the mean of the old classes if the model was
     trained without a null class; all other weights are kept.
 
-    Args:
-        name_or_path: a folder that `train_ar.py` wrote, its generator/, or a name on the Hugging Face hub.
-        config: of the tokens; its size must be the default or that of the model.
-        dropouts: as for `ChannelGPT`.
+    `name_or_path` is a folder that `train_ar.py` wrote, its generator/, or a name on the Hugging Face hub; the size in
+    `config` must be the default or that of the model.
 
     Raises:
         InputError: a model of another tokenizer, or of another size than requested.

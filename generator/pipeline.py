@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import files_fingerprint, fingerprint, resolve_folder
-from common.config import Refinement, integers
-from common.errors import InputError
+from common.config import InputError, Refinement, integers
 from common.images import UnreadableImageError, load_image, to_float
 from common.runtime import move, pick_device
 from generator.config import ChannelGPTConfig, SamplingConfig
@@ -22,7 +21,7 @@ from generator.engine import Engine
 from generator.generate import Step, stream
 from generator.model import ChannelGPT
 from generator.settings import ModelSettings
-from generator.stopping import Deadline, KeepBest, Scorer, StopRule, WhenStable, log_likelihood_scorer, ruled, waiter
+from generator.stopping import Deadline, KeepBest, Scorer, StopRule, WhenStable, log_likelihood_scorer, ruled
 from refiner.flow import ImageRefiner
 from refiner.model import Refiner
 from tokenizer.decoding import PendingPictures, PictureDecoder
@@ -38,18 +37,14 @@ class PipelineOutput:
     lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
 class StreamImages:
     """Images of one stream: decodes tokens, and refines what it has decoded, with each image's class and seed."""
 
-    def __init__(
-        self,
-        decoder: PictureDecoder,
-        refiner: ImageRefiner | None,
-        class_labels: Sequence[int],
-        seeds: Sequence[int],
-    ):
-        self._decoder, self._refiner = decoder, refiner
-        self._class_labels, self._seeds = class_labels, seeds
+    decoder: PictureDecoder
+    refiner: ImageRefiner | None
+    class_labels: Sequence[int]
+    seeds: Sequence[int]
 
     def start(self, tokens: Tensor, num_tokens: Tensor, refine: int | Refinement = 0) -> PendingPictures:
         """As `PictureDecoder.start`; with `refine` other than 0 the images are refined when they are requested.
@@ -57,18 +52,18 @@ class StreamImages:
         Raises:
             InputError: a negative number of steps, or a model without refiner.
         """
-        decoded = self._decoder.start(tokens.to(self._decoder.device), num_tokens)
+        decoded = self.decoder.start(tokens.to(self.decoder.device), num_tokens)
         if refine == 0:
             return decoded
-        if self._refiner is None:
+        if self.refiner is None:
             raise InputError(f"refine is {refine}, but this model has no refiner; use 0")
-        refiner, refinement = self._refiner, self._refiner.refinement(refine)
-        lengths = num_tokens.tolist()
+        refiner, refinement, lengths = self.refiner, self.refiner.refinement(refine), num_tokens.tolist()
         return PendingPictures(
-            lambda: refiner(decoded.images(), lengths, self._class_labels, self._seeds, refinement).cpu()
+            lambda: refiner(decoded.images(), lengths, self.class_labels, self.seeds, refinement).cpu()
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChannelTokPipeline:
     """A tokenizer and a generator that belong together, and a refiner if the model has one.
 
@@ -79,18 +74,13 @@ class ChannelTokPipeline:
     Attributes: `fingerprint` of tokenizer and generator, `tokens_fingerprint` of the weights that decide tokens.
     """
 
-    def __init__(
-        self,
-        tokenizer: ChannelTokenizer,
-        engine: Engine,
-        pictures: PictureDecoder,
-        model_fingerprint: str,
-        tokens_fingerprint: str,
-        settings: ModelSettings,
-        refiner: ImageRefiner | None = None,
-    ):
-        self.tokenizer, self.engine, self.pictures, self.refiner = tokenizer, engine, pictures, refiner
-        self.fingerprint, self.tokens_fingerprint, self.settings = model_fingerprint, tokens_fingerprint, settings
+    tokenizer: ChannelTokenizer
+    engine: Engine
+    pictures: PictureDecoder
+    refiner: ImageRefiner | None
+    settings: ModelSettings
+    fingerprint: str
+    tokens_fingerprint: str
 
     @property
     def config(self) -> ChannelGPTConfig:
@@ -114,13 +104,12 @@ class ChannelTokPipeline:
             device: auto, cpu, cuda, cuda:1 or mps.
             dtype: of the generator's weights; sums are float32. The picture decoder picks its own.
             compile: compile the step, the picture decoder and the refiner; see `Engine`.
-            refiner: load the refiner if there is one.
+            refiner: whether to load the refiner if there is one.
 
         Raises:
             InputError: a missing or damaged file, another architecture, or models that were not trained together.
         """
-        target = pick_device(device)
-        folder = resolve_folder(name_or_path)
+        target, folder = pick_device(device), resolve_folder(name_or_path)
         for part in ("tokenizer", "generator"):
             if not (folder / part).is_dir():
                 raise InputError(f"{folder} has no folder {part}/; give a folder with tokenizer/ and generator/")
@@ -133,15 +122,28 @@ class ChannelTokPipeline:
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
         whole, drawn_by = fingerprint(tokenizer), files_fingerprint(folder / "generator")
-        model_fingerprint = f"{whole}-{drawn_by}"
-        engine = Engine(CachedDecoder.from_model(move(model, target)), compile=compile)
         images = None
         if refiner and (folder / "refiner").is_dir():
-            network = load_refiner(folder / "refiner", tokenizer, whole, model.config.class_names)
+            network = Refiner.from_pretrained(folder / "refiner")
+            expected = {
+                "tokenizer_fingerprint": whole, "image_size": tokenizer.config.image_size,
+                "num_channels": tokenizer.config.num_channels, "class_names": model.config.class_names,
+            }  # fmt: skip
+            for name, value in expected.items():
+                if getattr(network.config, name) != value:
+                    raise InputError(
+                        f"{folder}: {name} of the refiner differs from that of the model; train one for it"
+                    )
             images = ImageRefiner(move(network, target), compile=compile)
-        settings = ModelSettings.load(folder / "generator", model_fingerprint)
-        pictures = PictureDecoder(move(tokenizer, target), compile=compile)
-        return cls(tokenizer, engine, pictures, model_fingerprint, f"{made_by}-{drawn_by}", settings, images)
+        return cls(
+            tokenizer=tokenizer,
+            engine=Engine(CachedDecoder.from_model(move(model, target)), compile=compile),
+            pictures=PictureDecoder(move(tokenizer, target), compile=compile),
+            refiner=images,
+            settings=ModelSettings.load(folder / "generator", f"{whole}-{drawn_by}"),
+            fingerprint=f"{whole}-{drawn_by}",
+            tokens_fingerprint=f"{made_by}-{drawn_by}",
+        )
 
     def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:
         """How tokens are drawn: what is given, and for all else the model's own settings for drawings of k tokens.
@@ -219,14 +221,12 @@ class ChannelTokPipeline:
         Raises:
             InputError: an argument out of its range, at the call.
         """
-        config = self.sampling(**sampling)
+        config, refinement = self.sampling(**sampling), self.refinement(refine)
         class_labels = integers("class_labels", class_labels)
         if isinstance(seed, int | np.integer):
-            seeds = [int(seed) + i for i in range(len(class_labels))]
-        else:
-            seeds = integers("seed", seed)
+            seed = [int(seed) + i for i in range(len(class_labels))]
+        seeds = integers("seed", seed)
         count = self.config.num_channels if num_tokens is None else num_tokens
-        refinement = self.refinement(refine)
         images = self.images(class_labels, seeds)
         rules: list[StopRule] = []
         if deadline is not None:
@@ -235,7 +235,7 @@ class ChannelTokPipeline:
                 decode_seconds = self.pictures.seconds(len(class_labels))
                 if refinement is not None and self.refiner is not None:
                     decode_seconds += self.refiner.seconds(len(class_labels), refinement)
-            rules.append(Deadline(deadline, decode_seconds, waiter(self.engine.decoder.device)))
+            rules.append(Deadline(deadline, decode_seconds, self.engine.decoder.device))
         if stop_when_stable is not None:
             rules.append(WhenStable(stop_when_stable, self.pictures, self.config.num_channels))
         steps = stream(self.engine, class_labels, seeds, count, config, prefix, prefix_lengths, scored, images)
@@ -291,16 +291,8 @@ class ChannelTokPipeline:
         """Draw all to `sketch_tokens`, and only the best of each class to the end.
 
         The kept ones continue from their caches; nothing is drawn twice. At the last step `.lengths` distinguishes
-        finished images from sketches.
-
-        Args:
-            class_labels: a label for each sketch.
-            sketch_tokens: k at which the sketches are compared, below num_tokens.
-            keep: how many of each class continue.
-            num_tokens: where the kept ones end; None draws all C.
-            seed: as in `stream`.
-            scorer: a step -> a number for each image, the higher the better; it may look at `step.preview()`.
-            options: as in `stream`.
+        finished images from sketches. `scorer` maps a step to a number for each image, the higher the better; it may
+        look at `step.preview()`. `keep` of each class continue. The other arguments are those of `stream`.
 
         Raises:
             InputError: an argument out of its range, at the call; a scorer's answer of another length.
@@ -316,24 +308,3 @@ class ChannelTokPipeline:
             raise InputError(f"sketch_tokens is {sketch_tokens}, but a prefix has {begun} tokens; raise sketch_tokens")
         steps = self.stream(class_labels, end, seed, **({"scored": True} | options))
         return ruled(steps, [KeepBest(list(class_labels), sketch_tokens, keep, scorer)])
-
-
-def load_refiner(
-    folder: Path, tokenizer: ChannelTokenizer, tokenizer_fingerprint: str, class_names: Sequence[str]
-) -> Refiner:
-    """Load the refiner of a model.
-
-    Raises:
-        InputError: a folder that cannot be read, or a refiner of another tokenizer or of other classes.
-    """
-    refiner = Refiner.from_pretrained(folder)
-    expected = {
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-        "image_size": tokenizer.config.image_size,
-        "num_channels": tokenizer.config.num_channels,
-        "class_names": list(class_names),
-    }
-    for name, value in expected.items():
-        if getattr(refiner.config, name) != value:
-            raise InputError(f"{folder}: {name} of the refiner differs from that of the model; train one for it")
-    return refiner

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from common.config import Refinement
-from common.errors import InputError
+from common.config import InputError, Refinement
 from generator.config import SampleConfig
 from generator.pipeline import ChannelTokPipeline
 from generator.token_file import TokenFile
@@ -26,7 +25,8 @@ class Request:
     rows: number of each image: image i is written as <rows[i]>.png.
     ends: number of tokens at which each image ends by itself.
     previews: each k at which images are also written.
-    refinement: of final images, and of previews if config.refine_previews is set; None: none.
+    refinement: of final images; 0: none.
+    preview_refinement: the same if config.refine_previews is set, else 0.
     continued: the earlier run whose rows are continued; its other rows stay as they are.
     """
 
@@ -35,13 +35,9 @@ class Request:
     rows: list[int]
     ends: list[int]
     previews: list[int]
-    refinement: Refinement | None
+    refinement: Refinement | int
+    preview_refinement: Refinement | int
     continued: TokenFile | None
-
-    @property
-    def preview_refinement(self) -> Refinement | int:
-        """Refinement of previews; 0: none."""
-        return self.refinement if self.refinement and self.config.refine_previews else 0
 
     def part(self, images: range) -> "Request":
         """The request for some of its images."""
@@ -96,9 +92,7 @@ def request_of(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTok
             raise InputError(f"class label {label} is out of range; allowed are 0..{model.num_classes - 1}")
     ends = _ends(config, len(rows), model.num_channels)
     for row, length, end in zip(rows, images.num_tokens.tolist(), ends, strict=True):
-        if not 1 <= end <= model.num_channels:
-            raise InputError(f"num_tokens is {end}; this model draws 1..{model.num_channels}")
-        if length >= end:
+        if length and length >= end:
             raise InputError(f"row {row} has {length} tokens already; num_tokens is {end} and must be above that")
     for k in previews:
         if not 1 <= k <= max(ends):
@@ -114,7 +108,8 @@ def request_of(config: SampleConfig, given: dict[str, Any], pipeline: ChannelTok
         rows=rows,
         ends=ends,
         previews=previews,
-        refinement=refinement,
+        refinement=refinement or 0,
+        preview_refinement=refinement if refinement and config.refine_previews else 0,
         continued=continued,
     )
 

@@ -20,14 +20,10 @@ def _half_codes(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def code_log_probabilities(log_odds: Tensor, pairs: Tensor) -> Tensor:
-    """Log-probabilities of all codes of a token, computed from two half codes.
+    """Log-probabilities of all codes of a token, (b 2**n) float32 in the order of tokens, from two half codes.
 
-    Args:
-        log_odds: (b n), of each bit when all earlier bits of the code count as 0.
-        pairs: (b n n), strictly lower triangular: bit j < i adds pairs[i, j] * bit[j] to the log-odds of bit i.
-
-    Returns:
-        (b 2**n) float32, in the order of tokens.
+    `log_odds` (b n) are those of each bit when all earlier bits of the code count as 0; `pairs` (b n n) is strictly
+    lower triangular: bit j < i adds pairs[i, j] * bit[j] to the log-odds of bit i.
     """
     # fmt: off
     high, low = _half_codes(log_odds.shape[1], log_odds.device)                                 # H h, L l

@@ -4,7 +4,6 @@ import logging
 import math
 import re
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import Refinement
-from common.errors import InputError
+from common.config import InputError, Refinement
 from common.files import exclusive_folder
 from common.images import captioned_table, save_animation, save_png, to_pil
 from common.runtime import StopOnSignal, Workers, is_out_of_memory, launched_workers, pick_dtype
 from generator.config import SampleConfig
-from generator.generate import Preview, Step
+from generator.generate import Step
 from generator.pipeline import ChannelTokPipeline
 from generator.request import Request, request_of
 from generator.token_file import TokenFile
@@ -37,9 +35,7 @@ GRID_IMAGES = 200  # the most that grid.png shows
 def draw(config: SampleConfig, given: dict[str, Any]) -> None:
     """Load a model, draw, and write NNNNN.png, previews/NNNNN_kKKKK.png, grid.png and tokens.npz.
 
-    Args:
-        config: the flags of sample.py.
-        given: the fields of `SamplingConfig` that the user set.
+    `given` has the fields of `SamplingConfig` that the user set.
 
     Raises:
         InputError: wrong flags, or a request that the model cannot serve; nothing is written or removed then.
@@ -58,11 +54,6 @@ class Session:
     Each process draws every count-th batch and writes to .partial/ in the output folder; the main process moves
     everything to its place at the end. Ctrl-C or SIGTERM ends drawing: images drawn until then are written, those of
     later batches are omitted.
-
-    Args:
-        pipeline: the model.
-        request: the images.
-        workers: the processes.
     """
 
     def __init__(self, pipeline: ChannelTokPipeline, request: Request, workers: Workers):
@@ -71,8 +62,8 @@ class Session:
         self.partial = self.folder / ".partial"
         self.batches = list(request.batches())
         # k of the columns of grid.png beside the last
-        lengths, sketches = int(request.images.num_tokens.max()), request.config.sketch_tokens
-        self.columns = sorted({*request.previews, *([lengths] if lengths else []), *([sketches] if sketches else [])})
+        others = {int(request.images.num_tokens.max()), request.config.sketch_tokens or 0} - {0}
+        self.columns = sorted({*request.previews, *others})
 
     def run(self) -> None:
         """Draw and write."""
@@ -87,7 +78,7 @@ class Session:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir()
             workers.wait()
-            interrupt = stack.enter_context(StopOnSignal(signal.SIGINT, signal.SIGTERM, patient=workers.count > 1))
+            interrupt = stack.enter_context(StopOnSignal(patient=workers.count > 1))
             self._draw_share(interrupt).save(self.partial / f"part-{workers.index}.npz")
             workers.wait()
             if workers.is_main:
@@ -102,7 +93,7 @@ class Session:
             "prefix_lengths": images.num_tokens.tolist() if begun else None,
             "deadline": config.deadline,
             "stop_when_stable": config.stop_when_stable,
-            "refine": request.refinement or 0,
+            "refine": request.refinement,
             **vars(images.sampling),
         }
         labels, seeds = images.class_labels, images.seeds
@@ -112,17 +103,16 @@ class Session:
 
     def _draw_share(self, interrupt: StopOnSignal) -> TokenFile:
         """Draw this process's batches and write their images; return their tokens, in the order of the batches."""
-        request, done = self.request, self.request.images.rows([])
+        request, drawing = self.request, self.request.images
+        done: list[int] = []
         own = self.batches[self.workers.index :: self.workers.count]
-        begun = request.images.num_tokens.tolist()
-        total = sum(request.ends[i] - begun[i] for images in own for i in images)
+        total = sum(request.ends[i] - int(drawing.num_tokens[i]) for images in own for i in images)
         with tqdm(total=total, unit="token", delay=2, disable=not self.workers.is_main) as bar:
             for images in own:
-                if done.seeds and interrupt.requested:
+                if done and interrupt.requested:
                     break
-                part = request.part(images)
                 try:
-                    drawn = self._draw_batch(part, bar, interrupt)
+                    drawing = drawing.with_rows(images, self._draw_batch(request.part(images), bar, interrupt))
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -130,14 +120,14 @@ class Session:
                         f"out of memory with {len(images)} images; use --dtype bfloat16, a smaller --batch-size, "
                         "fewer tokens, or another --device"
                     ) from error
-                done = done.joined(drawn)
-        return done
+                done += images
+        return drawing.rows(done)
 
     def _draw_batch(self, part: Request, bar: tqdm, interrupt: StopOnSignal) -> TokenFile:
-        previews: dict[int, Preview] = {}
+        previews: dict[int, Any] = {}
         for step in self._steps(part):
             if step.num_tokens in part.previews:
-                previews[step.num_tokens] = step.begin_preview(part.preview_refinement)
+                previews[step.num_tokens] = step.start_preview(part.preview_refinement)
             bar.update(sum(length == step.num_tokens for length in step.lengths))
             last = step
             if interrupt.requested:
@@ -146,27 +136,26 @@ class Session:
         self._save_images(part, drawn, previews)
         return drawn
 
-    def _save_images(self, part: Request, drawn: TokenFile, previews: dict[int, Preview]) -> None:
-        """Write the final image of each row, and those at the k of `columns` that it has reached."""
+    def _images(self, drawn: TokenFile, num_tokens: Tensor, refine: Refinement | int) -> list[Image.Image]:
+        """Decode the first num_tokens[i] tokens of each row."""
         decoder = self.pipeline.images(drawn.class_labels, drawn.seeds)
+        tokens = drawn.tokens[:, : int(num_tokens.max())]
+        return [to_pil(image) for image in decoder.start(tokens, num_tokens, refine).images()]
 
-        def pictures(tokens: Tensor, lengths: Tensor, refine: Refinement | int) -> list[Image.Image]:
-            return [to_pil(image) for image in decoder.start(tokens, lengths, refine).images()]
-
-        finals = pictures(drawn.tokens, drawn.num_tokens, part.refinement or 0)
-        for row, picture in zip(part.rows, finals, strict=True):
+    def _save_images(self, part: Request, drawn: TokenFile, previews: dict[int, Any]) -> None:
+        """Write the final image of each row, those at the k of `columns` that it has reached, and how it grows."""
+        for row, picture in zip(part.rows, self._images(drawn, drawn.num_tokens, part.refinement), strict=True):
             save_png(picture, _path(self.partial, row))
         for k in self.columns:
             if k in previews:
-                column = previews[k].pictures()
+                column = [to_pil(image) for image in previews[k].images()]
             else:
-                column = pictures(drawn.tokens[:, :k], drawn.num_tokens.clamp(max=k), part.preview_refinement)
+                column = self._images(drawn, drawn.num_tokens.clamp(max=k), part.preview_refinement)
             for row, picture, length in zip(part.rows, column, drawn.num_tokens.tolist(), strict=True):
                 if length >= k:
                     save_png(picture, _path(self.partial, row, k))
-
         for i, row in enumerate(part.rows):
-            self._save_growth(drawn.rows([i]), self.partial / f"{row:05d}", part.refinement or 0)
+            self._save_growth(drawn.rows([i]), self.partial / f"{row:05d}", part.refinement)
 
     def _save_growth(self, image: TokenFile, path: Path, refine: Refinement | int) -> None:
         """Write an image at growing k as a strip, as an animation, or not at all."""
@@ -174,9 +163,11 @@ class Session:
 
         def grown(lengths: list[int]) -> list[Image.Image]:
             count = len(lengths)
-            decoder = self.pipeline.images(image.class_labels * count, image.seeds * count)
-            pending = decoder.start(image.tokens.expand(count, -1), torch.tensor(lengths), refine)
-            return [to_pil(picture) for picture in pending.images()]
+            copies = replace(
+                image, tokens=image.tokens.expand(count, -1), class_labels=image.class_labels * count,
+                seeds=image.seeds * count,
+            )  # fmt: skip
+            return self._images(copies, torch.tensor(lengths), refine)
 
         if config.strip:
             lengths = [*(k for k in STRIP_LENGTHS if k < length), length]
@@ -195,14 +186,11 @@ class Session:
             own = [i for images in self.batches[index::count] for i in images][: len(part.seeds)]
             drawing = drawing.with_rows([request.rows[i] for i in own], part)
             done += own
-        rows = [request.rows[i] for i in sorted(done)]
-        if request.continued is None:
-            drawing = drawing.rows(rows)
-            lengths = dict(zip(rows, drawing.num_tokens.tolist(), strict=True))
-        else:
-            lengths = {row: int(drawing.num_tokens[row]) for row in rows}
-        save_png(self._grid(sorted(done), lengths), self.partial / "grid.png")
-        drawing.save(self.partial / "tokens.npz")
+        done.sort()
+        rows = [request.rows[i] for i in done]
+        lengths = {row: int(drawing.num_tokens[row]) for row in rows}
+        save_png(self._grid(done, lengths), self.partial / "grid.png")
+        (drawing if request.continued else drawing.rows(rows)).save(self.partial / "tokens.npz")
         for k in set(self.columns) - set(request.previews):  # for the grid only
             for row in rows:
                 _path(self.partial, row, k).unlink(missing_ok=True)
@@ -214,8 +202,7 @@ class Session:
         source, target = self.request.config.continue_from, self.folder / "tokens.npz"
         in_place = source is not None and Path(source).resolve() == target.resolve()
         earlier = {*self.folder.glob("*"), *self.folder.glob("previews/*")} if target.exists() else set()
-        new = [path for path in self.partial.rglob("*.*") if not path.name.startswith("part-")]
-        for path in new:
+        for path in [path for path in self.partial.rglob("*.*") if not path.name.startswith("part-")]:
             place = self.folder / path.relative_to(self.partial)
             place.parent.mkdir(exist_ok=True)
             path.replace(place)
@@ -230,23 +217,20 @@ class Session:
         images = images[:GRID_IMAGES]
         rows, labels = [self.request.rows[i] for i in images], [self.request.images.class_labels[i] for i in images]
         names = {label: self.pipeline.config.class_names[label].split(",")[0][:22] for label in labels}
+        captions, reached = [names[label] for label in labels], max(lengths.values())
         finals = [_opened(_path(self.partial, row)) for row in rows]
-        reached = max(lengths.values())
         columns = {k: [_opened(_path(self.partial, row, k)) for row in rows] for k in self.columns if k < reached}
         columns = {k: column for k, column in columns.items() if any(column)}
         if columns:
             table = [list(cells) for cells in zip(*columns.values(), finals, strict=True)]
             last = f"k={reached}" if len(set(lengths.values())) == 1 else "as far as drawn"
-            return captioned_table(table, [names[label] for label in labels], [*(f"k={k}" for k in columns), last])
+            return captioned_table(table, captions, [*(f"k={k}" for k in columns), last])
         if len(names) == len(images):
             side = math.isqrt(len(images) - 1) + 1
             lines = [slice(start, start + side) for start in range(0, len(images), side)]
-            captions = [names[label] for label in labels]
             return captioned_table([finals[line] for line in lines], cell_labels=[captions[line] for line in lines])
-        by_class = {
-            label: [final for final, own in zip(finals, labels, strict=True) if own == label] for label in names
-        }
-        return captioned_table(list(by_class.values()), list(names.values()))
+        by_class = [[final for final, own in zip(finals, labels, strict=True) if own == label] for label in names]
+        return captioned_table(by_class, list(names.values()))
 
     def _report(self, lengths: dict[int, int], *, interrupted: bool) -> None:
         found, request = list(lengths.values()), self.request
@@ -259,8 +243,7 @@ class Session:
             shown = str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"
             logger.info("%d images of %s tokens written to %s", len(found), shown, self.folder)
         if request.config.keep is not None:
-            sketched = request.config.sketch_tokens or 0
-            kept = [row for row, length in lengths.items() if length > sketched]
+            kept = [row for row, length in lengths.items() if length > (request.config.sketch_tokens or 0)]
             logger.info("kept rows: %s", " ".join(map(str, kept)) or "none")
 
 

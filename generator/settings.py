@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.config import InputError
 from common.files import read_json, write_text
 from generator.config import SamplingConfig
 
@@ -29,29 +29,23 @@ class ModelSettings:
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str) -> "ModelSettings":
-        """Read a generator's folder; plain settings without the file, or with one of another model.
-
-        Args:
-            folder: the generator's.
-            fingerprint: the pipeline's.
+        """Read a generator's folder; plain settings without the file, or with one of another `fingerprint`.
 
         Raises:
             InputError: a file that is damaged, or holds settings that are not allowed.
         """
-        path = Path(folder) / SETTINGS_FILE
+        path, plain = Path(folder) / SETTINGS_FILE, cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
         if not path.is_file():
-            return cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
+            return plain
         content = read_json(path)
         try:
-            found = {
-                int(k): SamplingConfig.from_file(settings, path) for k, settings in content["by_num_tokens"].items()
-            }
+            found = {int(k): SamplingConfig.from_file(entry, path) for k, entry in content["by_num_tokens"].items()}
             settings = cls(by_num_tokens=found, fingerprint=content["model"], measured=dict(content["measured"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} holds no settings ({error}); remove it, or measure again") from error
         if settings.fingerprint != fingerprint:
             logger.warning("%s was measured for other weights and is not used; measure again", path)
-            return cls(by_num_tokens={}, fingerprint=fingerprint, measured={})
+            return plain
         return settings
 
     def save(self, folder: str | Path) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.config import InputError
 from generator.generate import Step
 
 StopRule = Callable[[Step], Sequence[int]]
-Clock = Callable[[], float]
-Decode = Callable[[Tensor], Tensor]  # tokens (b k) -> images (b 3 H W) uint8
 Scorer = Callable[[Step], Sequence[float]]
 
 
@@ -28,16 +26,10 @@ def ruled(steps: Iterator[Step], rules: Sequence[StopRule]) -> Iterator[Step]:
 
 
 class Deadline:
-    """Stop all images when one more token and the decoding might not be ready in time.
+    """Stop all images when one more token and the decoding, of `decode_seconds`, might not be ready in time.
 
-    The clock starts when the rule is made. A step is taken to last as long as the slowest of the last
-    eight did. At least one token is drawn, however short the time.
-
-    Args:
-        seconds: from now to the finished images.
-        decode_seconds: measured time to decode all of them.
-        wait: called before the clock is read; waits for the device, or does nothing on a CPU.
-        clock: seconds, only differences count.
+    The `seconds` begin when the rule is made. A step is taken to last as long as the slowest of the last
+    eight did. At least one token is drawn, however short the time. The device is waited for before the clock is read.
 
     Raises:
         InputError: seconds that are not above 0.
@@ -47,19 +39,22 @@ class Deadline:
         self,
         seconds: float,
         decode_seconds: float,
-        wait: Callable[[], None],
-        clock: Clock = time.perf_counter,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         if not 0 < seconds < math.inf:
             raise InputError(f"deadline is {seconds}; it must be a number of seconds above 0")
-        self._clock, self._wait = clock, wait
+        self._clock, self._device = clock, device
         self._latest = clock()
         self._end = self._latest + seconds - decode_seconds
         self._steps: list[float] = []
 
     def __call__(self, step: Step) -> Sequence[int]:
         """All images, or none."""
-        self._wait()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
         now = self._clock()
         self._steps = [*self._steps[-7:], now - self._latest]
         self._latest = now
@@ -71,18 +66,13 @@ class WhenStable:
 
     After every C/16 tokens all images are decoded, and each is compared with itself C/16 tokens before: the mean
     absolute difference over pixels and colours, in grey levels of 0..255. An image stops when that is below `epsilon`;
-    the full image then differs by one to two times that.
-
-    Args:
-        epsilon: grey levels, above 0.
-        decode: tokens to images.
-        num_channels: C of the model; the stride does not depend on the number of tokens that was requested.
+    the full image then differs by one to two times that. `decode` maps tokens (b k) to images (b 3 H W) uint8.
 
     Raises:
         InputError: an epsilon that is not above 0.
     """
 
-    def __init__(self, epsilon: float, decode: Decode, num_channels: int):
+    def __init__(self, epsilon: float, decode: Callable[[Tensor], Tensor], num_channels: int):
         if not 0 < epsilon < math.inf:
             raise InputError(f"stop_when_stable is {epsilon}; it must be a number of grey levels above 0")
         self._epsilon, self._decode = epsilon, decode
@@ -96,19 +86,8 @@ class WhenStable:
         pictures = self._decode(step.tokens[list(step.drawing)]).short()
         before, self._before = self._before, dict(zip(step.drawing, pictures, strict=True))
         known = [image for image in step.drawing if image in before]
-        if not known:
-            return ()
-        changes = torch.stack([(self._before[i] - before[i]).abs().float().mean() for i in known]).tolist()
+        changes = [(self._before[image] - before[image]).abs().float().mean() for image in known]
         return [image for image, change in zip(known, changes, strict=True) if change < self._epsilon]
-
-
-def waiter(device: torch.device) -> Callable[[], None]:
-    """A function that waits for the device; it does nothing on a CPU."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.current_stream(device).synchronize()
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
 
 
 def log_likelihood_scorer(step: Step) -> Sequence[float]:
@@ -120,23 +99,20 @@ def log_likelihood_scorer(step: Step) -> Sequence[float]:
 
 
 class KeepBest:
-    """At a given k, stop all images but the best of each class; ties go to the earlier image.
+    """At k = num_tokens, stop all images but the `keep` best of each class; ties go to the earlier image.
 
-    Args:
-        class_labels: of the images.
-        num_tokens: the k at which images are compared.
-        keep: number of images of each class that continue.
-        scorer: a step -> a number for each image, higher is better.
-
-    Raises:
-        InputError: scores of another number than there are images.
+    `scorer` maps a step to a number for each image, higher is better.
     """
 
     def __init__(self, class_labels: Sequence[int], num_tokens: int, keep: int, scorer: Scorer):
         self._labels, self._num_tokens, self._keep, self._scorer = class_labels, num_tokens, keep, scorer
 
     def __call__(self, step: Step) -> Sequence[int]:
-        """The images that are not kept, at the given k."""
+        """The images that are not kept, at the given k.
+
+        Raises:
+            InputError: scores of another number than there are images.
+        """
         if step.num_tokens != self._num_tokens:
             return ()
         scores = list(self._scorer(step))

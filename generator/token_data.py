@@ -1,9 +1,8 @@
 """Reading a token store for training: whole batches, in any order, from mapped memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.config import InputError
 from generator.tokens import TokenStore
 
 SHARDS_OPEN = 192  # a mapped file stays open, and some systems allow a process 256 open files
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
+class TokenBatch(NamedTuple):
     """tokens (b C) int64 and labels (b,) int64."""
 
     tokens: Tensor
     labels: Tensor
-
-    def pin_memory(self) -> "TokenBatch":
-        """Copy to page-locked memory, from which a GPU can fetch; called by torch's loader."""
-        return TokenBatch(tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs
@@ -75,7 +69,7 @@ class TokenDataset(Dataset[TokenBatch]):
         for shard in np.unique(shards).tolist():
             there = shards == shard
             tokens[there] = self._tokens(shard)[indices[there] - self._starts[shard], views[there]]
-        return TokenBatch(tokens=torch.from_numpy(tokens), labels=torch.from_numpy(self._labels[indices]))
+        return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(self._labels[indices]))
 
     def counts(self) -> Tensor:
         """Count each token at each position, over all views: (C, codebook_size) int64."""

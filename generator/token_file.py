@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import InputError
+from common.config import InputError
 from common.files import load_arrays, written_whole
 from generator.config import ChannelGPTConfig, SamplingConfig
 
@@ -63,11 +64,11 @@ class TokenFile:
                 sampling=SamplingConfig.from_file(json.loads(str(content["sampling"])), path),
                 fingerprint=str(content["fingerprint"]),
             )
+            rows = {len(drawing.num_tokens), len(drawing.class_labels), len(drawing.seeds)}
+            if drawing.tokens.ndim != 2 or rows != {len(drawing.tokens)}:
+                raise ValueError("parts of different lengths")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a tokens.npz ({error}); give one that sample.py wrote") from error
-        rows = {len(drawing.num_tokens), len(drawing.class_labels), len(drawing.seeds)}
-        if drawing.tokens.ndim != 2 or rows != {len(drawing.tokens)}:
-            raise InputError(f"{path} has parts of different lengths; give a tokens.npz that sample.py wrote")
         return drawing
 
     def check(self, path: str | Path, config: ChannelGPTConfig, fingerprint: str) -> None:
@@ -106,25 +107,10 @@ class TokenFile:
             seeds=[self.seeds[row] for row in rows],
         )
 
-    def joined(self, other: "TokenFile") -> "TokenFile":
-        """The rows of this file, then those of another."""
-        width = max(self.tokens.shape[1], other.tokens.shape[1])
-        return replace(
-            other,
-            tokens=torch.cat([_widened(part.tokens, width) for part in (self, other)]),
-            num_tokens=torch.cat([self.num_tokens, other.num_tokens]),
-            class_labels=[*self.class_labels, *other.class_labels],
-            seeds=[*self.seeds, *other.seeds],
-        )
-
     def with_rows(self, rows: Sequence[int], other: "TokenFile") -> "TokenFile":
         """This file with the tokens of some rows, and the sampling settings, of another."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
-        tokens, num_tokens = _widened(self.tokens, width), self.num_tokens.clone()
-        tokens[list(rows)] = _widened(other.tokens, width)
-        num_tokens[list(rows)] = other.num_tokens
+        tokens, replaced = (F.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in (self, other))
+        tokens, num_tokens = tokens.clone(), self.num_tokens.clone()
+        tokens[list(rows)], num_tokens[list(rows)] = replaced, other.num_tokens
         return replace(self, tokens=tokens, num_tokens=num_tokens, sampling=other.sampling)
-
-
-def _widened(tokens: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]))

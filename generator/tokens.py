@@ -22,21 +22,21 @@ import numpy.typing as npt
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import Config, setting
-from common.errors import InputError
+from common.config import Config, InputError, setting
 from common.files import read_json, write_text, written_whole
 
 VERSION = 2
 VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}  # token sequences of each image of train
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+FORMATS = {"tokens": np.uint16, "labels": np.int64}  # of the arrays of a shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreHeader(Config):
     """Settings that all shards of a token store share.
 
-    split_files and listings: for each split the number of image files and the fingerprint of their listing.
+    split_files, listings: for each split the number of image files and the fingerprint of their listing.
     shard_size: number of files that a shard covers.
     """
 
@@ -110,12 +110,7 @@ class TokenStore:
 
     @classmethod
     def create(cls, folder: str | Path, header: StoreHeader, write: bool = True) -> Self:
-        """Start a store, or continue one with the same settings.
-
-        Args:
-            folder: of the store.
-            header: the settings.
-            write: whether this process may write; only one of several processes does.
+        """Start a store, or continue one with the same settings; of several processes only one gives `write`.
 
         Raises:
             InputError: the folder holds a store of another tokenizer, or of other images or settings.
@@ -138,11 +133,7 @@ class TokenStore:
 
     @staticmethod
     def peek(folder: str | Path) -> StoreHeader:
-        """Read the header of a store, complete or not.
-
-        Raises:
-            InputError: no header, or a damaged one.
-        """
+        """Read the header of a store, complete or not; an InputError where there is none or a damaged one."""
         path = Path(folder) / "store.json"
         return StoreHeader.from_file(read_json(path), path)
 
@@ -184,11 +175,10 @@ class TokenStore:
         files, expected = len(self.header.shard_files(split, shard)), self.header.tokenizer_fingerprint
         path = self._path(split, shard, "json")
         record = ShardRecord.from_file(read_json(path), path)
-        found = record.rows + len(record.left_out)
         if record.tokenizer_fingerprint != expected:
             problem = f"is of the tokenizer {record.tokenizer_fingerprint}, the store is of {expected}"
             raise self._refusal(split, shard, "json", problem)
-        if found != files:
+        if record.rows + len(record.left_out) != files:
             problem = f"has {record.rows} rows and {len(record.left_out)} files left out, but covers {files} files"
             raise self._refusal(split, shard, "json", problem)
         return record
@@ -197,36 +187,35 @@ class TokenStore:
         remedy = f"remove {split}-{shard:05d}.json and run extract_tokens.py again to write this shard again"
         return InputError(f"{self._path(split, shard, ending)} {problem}; {remedy}")
 
-    def _arrays(self, split: str, rows: int) -> dict[str, tuple[tuple[int, ...], type[np.generic], int]]:
-        """Shape, number format and limit of each array of a shard; its values are in [0, limit)."""
+    def _problem(self, split: str, name: str, array: npt.NDArray[Any], rows: int) -> str | None:
+        """What is wrong with the tokens (rows, views, C) or labels (rows,) of a shard."""
         header = self.header
-        shape = (rows, header.num_views(split), header.num_channels)
-        return {"tokens": (shape, np.uint16, header.codebook_size), "labels": ((rows,), np.int64, header.num_classes)}
+        shape: tuple[int, ...] = (rows,)
+        limit = header.num_classes
+        if name == "tokens":
+            shape, limit = (rows, header.num_views(split), header.num_channels), header.codebook_size
+        if array.shape != shape:
+            return f"have the shape {array.shape}; {shape} was expected"
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+            return f"lie outside of 0 to {limit - 1}"
+        return None
 
     def write_shard(self, split: str, shard: int, tokens: Tensor, labels: Tensor, left_out: Sequence[str]) -> None:
-        """Write one shard.
-
-        Args:
-            split: "train" or "val".
-            shard: its number.
-            tokens: (rows, views, C) integers in [0, codebook_size).
-            labels: (rows,) integers in [0, num_classes).
-            left_out: a line for each file of the shard's range that could not be read.
+        """Write tokens (rows, views, C) and labels (rows,); `left_out` has a line for each file that was not read.
 
         Raises:
             InputError: shapes or values other than these.
         """
         fingerprint = self.header.tokenizer_fingerprint
         record = {"rows": len(labels), "left_out": list(left_out), "tokenizer_fingerprint": fingerprint}
-        arrays: dict[str, npt.NDArray[Any]] = {"tokens": tokens.cpu().numpy(), "labels": labels.cpu().numpy()}
-        expected = self._arrays(split, len(labels))
-        for name, (shape, _, limit) in expected.items():
-            if problem := _problem(arrays[name], shape, limit):
+        arrays = {"tokens": tokens.cpu().numpy(), "labels": labels.cpu().numpy()}
+        for name, array in arrays.items():
+            if problem := self._problem(split, name, array, len(labels)):
                 raise InputError(f"{split} shard {shard} was to hold {name} that {problem}")
-        for name, (_, dtype, _) in expected.items():
+        for name, array in arrays.items():
             path = self._path(split, shard, f"{name}.npy")
             with written_whole(path) as temporary, temporary.open("wb") as file:
-                np.save(file, arrays[name].astype(dtype, order="C"))
+                np.save(file, array.astype(FORMATS[name], order="C"))
             record[name] = _sha256(path)
         write_text(self._path(split, shard, "json"), json.dumps(record, indent=1))
 
@@ -243,24 +232,17 @@ class TokenStore:
         """
         record = self.record(split, shard)
         found: dict[str, npt.NDArray[Any]] = {}
-        for name, (shape, dtype, limit) in self._arrays(split, record.rows).items():
+        for name, dtype in FORMATS.items():
             path = self._path(split, shard, f"{name}.npy")
             if not path.is_file() or _sha256(path) != getattr(record, name):
                 raise self._refusal(split, shard, f"{name}.npy", "is missing or damaged")
             found[name] = self.map_tokens(split, shard) if name == "tokens" else np.load(path)
-            if problem := _problem(found[name], shape, limit):
-                raise self._refusal(split, shard, f"{name}.npy", f"holds {name} that {problem}")
+            problem = self._problem(split, name, found[name], record.rows)
             if found[name].dtype != dtype:
-                raise self._refusal(split, shard, f"{name}.npy", f"holds {found[name].dtype}, not {np.dtype(dtype)}")
+                problem = f"are {found[name].dtype}, not {np.dtype(dtype)}"
+            if problem:
+                raise self._refusal(split, shard, f"{name}.npy", f"holds {name} that {problem}")
         return found["tokens"], found["labels"]
-
-
-def _problem(array: npt.NDArray[Any], shape: tuple[int, ...], limit: int) -> str | None:
-    if array.shape != shape:
-        return f"have the shape {array.shape}; {shape} was expected"
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
-        return f"lie outside of 0 to {limit - 1}"
-    return None
 
 
 def _sha256(path: Path) -> str:
@@ -269,11 +251,7 @@ def _sha256(path: Path) -> str:
 
 
 def verify(store: TokenStore) -> tuple[list[str], list[str]]:
-    """Read and check all shards of a store, complete or not.
-
-    Returns:
-        a line for each split, which describes its sound shards, and a line for each problem.
-    """
+    """Check all shards of a store, complete or not: a line for each split on its sound shards, and one per problem."""
     header, content, problems = store.header, [], []
     for split in SPLITS:
         images, left_out = np.zeros(header.num_classes, dtype=np.int64), 0

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from tqdm import tqdm
 
 from common.bit_prior import fit_bit_prior, token_bits
 from common.checkpoint import files_fingerprint
-from common.config import LoopConfig
-from common.errors import InputError
+from common.config import InputError, LoopConfig
 from common.files import folder_written_whole
-from common.randomness import Stream, generator_for
+from common.images import captioned_table, save_line_plot, save_png, to_pil, to_uint8
 from common.runtime import pick_dtype, send
-from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, size_of
+from generator.config import ChannelGPTConfig, GeneratorConfig, GeneratorTrainingConfig, SamplingConfig, size_of
+from generator.decode import CachedDecoder
+from generator.engine import Engine
+from generator.generate import stream
 from generator.model import ChannelGPT, start_from
-from generator.objective import GeneratorObjective, draw_flips, position_weights
-from generator.progress import draw_sheet, evaluation_figures, plot_loss, unigram_nats
+from generator.objective import GeneratorObjective, position_weights
 from generator.token_data import TokenBatch, TokenDataset, whole_batch
 from generator.tokens import TokenStore
 from training.model_state import StepLoss
@@ -33,6 +35,7 @@ from training.trainer import Trainer
 logger = logging.getLogger(__name__)
 PRIOR_BATCH = 512
 EVALUATION_BATCH = 64
+SHEET_CLASSES = 8
 LOSS_PLOT = "loss.png"
 
 
@@ -42,10 +45,8 @@ class GeneratorTrainer(Trainer):
     The folder holds tokenizer/ and generator/ (the averaged weights), so `sample.py --model output_dir` draws with it;
     also checkpoints/, samples/step-NNNNNNNN.png, log.jsonl, and when the run is complete loss.png.
 
-    Args:
-        training: settings.
-        size: of the transformer; with training.init_from the default, or that model's.
-        detokenizer: given a device, the function tokens (b k) -> images (b 3 H W) in [-1, 1] of the store's tokenizer.
+    With training.init_from, `size` is the default or that model's. `detokenizer` maps a device to a function from
+    tokens (b k) to images (b 3 H W) in [-1, 1] of the store's tokenizer.
 
     Raises:
         InputError: settings or a store that cannot be used.
@@ -57,7 +58,7 @@ class GeneratorTrainer(Trainer):
         size: GeneratorConfig,
         detokenizer: Callable[[torch.device], Callable[[Tensor], Tensor]],
     ):
-        super().__init__(training, compiles=training.compile, can_shard=True)
+        super().__init__(training, can_shard=True)
         self.training = training
         self.store = TokenStore.open(training.tokens)
         self.train_set = TokenDataset(self.store, "train", training.seed)
@@ -136,9 +137,9 @@ class GeneratorTrainer(Trainer):
         if self.step < self.training.steps:
             (self.output_dir / LOSS_PLOT).unlink(missing_ok=True)
 
-    def batches(self) -> DataLoader[TokenBatch]:
-        """The remaining micro-batches of training."""
-        return self.train_loader(self.train_set, whole_batch)
+    def data(self) -> tuple[TokenDataset, TokenDataset, Callable[[Any], Any]]:
+        """The two splits of the store, and the function that makes a batch."""
+        return self.train_set, self.val_set, whole_batch
 
     def loss(self, model: nn.Module, batch: TokenBatch, part: Part) -> StepLoss:
         """Loss of a micro-batch."""
@@ -147,36 +148,34 @@ class GeneratorTrainer(Trainer):
         labels = batch.labels.to(device, non_blocking=True)
         dropped = send(part.drops(training.label_dropout), device)
         labels = torch.where(dropped, config.null_label, labels)
-        kept = config.num_channels
-        if training.prefixes:
-            kept = prefix_length(training.seed, part.step, kept)
-        flips = None
-        if training.bit_flips:
-            flips = draw_flips(part.batch_size, kept, config.num_bits, training.bit_flips, part.rng(Stream.BIT_NOISE))
-            flips = send(flips[list(part.rows)], device)
-        nats, penalty = model(labels, tokens[:, :kept], flips)
-        # a token has the same weight in every prefix that contains it
-        weighted = (nats * self.weights[:kept]).sum(1).mean() / config.num_channels
-        loss = weighted + training.prior_l2_weight * penalty
+        nats, penalty = model(labels, tokens)
+        loss = (nats * self.weights).sum(1).mean() / config.num_channels + training.prior_l2_weight * penalty
         return StepLoss(terms={"loss": loss, "nats": nats.mean(), "first": nats[:, 0].mean()})
 
     def evaluate(self, averaged: GeneratorObjective, step: int) -> dict[str, Any]:
         """Validation loss by position, and a picture of samples."""
         found = []
-        loader = self.held_loader(
-            self.val_set, self.training.validation_images, EVALUATION_BATCH, whole_batch, num_workers=0
-        )
+        loader = self.held_loader(self.training.validation_images, EVALUATION_BATCH, num_workers=0)
         for batch in tqdm(loader, desc="evaluation", leave=False):
             with self.accelerator.autocast():
                 found.append(averaged(batch.labels.to(self.device), batch.tokens.to(self.device)).nats)
         by_position = torch.cat(found).cpu().double().mean(0).tolist()
-        figures = evaluation_figures(by_position, self.unigram, self.store.header.codebook_size)
+        nats = sum(by_position) / len(by_position)
+        figures = {
+            "nats": nats,
+            "bits": nats / math.log(2),
+            "first_nats": by_position[0],
+            "last_nats": by_position[-1],
+            "unigram_nats": sum(self.unigram) / len(self.unigram),
+            "uniform_nats": math.log(self.store.header.codebook_size),
+            "nats_by_position": [round(value, 4) for value in by_position],
+        }
         logger.info(
             "step %d: validation %.3f nats a token, %.3f bits (unigram %.3f, uniform %.3f nats)",
             step, *(figures[name] for name in ("nats", "bits", "unigram_nats", "uniform_nats")),
         )  # fmt: skip
         draw_sheet(averaged.generator, self.detokenize, self.output_dir / "samples" / f"step-{step:08d}.png")
-        self.latest = figures["nats"]
+        self.latest = nats
         return figures
 
     def keeps_evaluated(self) -> bool:
@@ -192,10 +191,38 @@ class GeneratorTrainer(Trainer):
         averaged.generator.save_pretrained(self.output_dir / "generator", pick_dtype(self.training.save_dtype))
 
     def finish(self) -> None:
-        """Plot the loss."""
-        plot_loss(self.log, self.output_dir / LOSS_PLOT)
+        """Plot training and validation loss over the run, with both baselines."""
+        trained = [(record["step"], record["nats"]) for record in self.log.records() if "nats" in record]
+        evaluations = self.log.evaluations()
+        lines = {
+            "training": trained,
+            "validation": [(step, figures["nats"]) for step, figures in evaluations.items()],
+        }
+        for name in ("unigram", "uniform"):
+            level = evaluations[max(evaluations)][f"{name}_nats"]
+            lines[name] = [(trained[0][0], level), (trained[-1][0], level)]
+        title = "Cross-entropy over the run; validation with averaged weights"
+        save_line_plot({"nats per token": lines}, self.output_dir / LOSS_PLOT, title=title, x_label="step")
 
 
-def prefix_length(seed: int, step: int, num_channels: int) -> int:
-    """How many tokens a step sees, evenly from 1..C; the same in all processes."""
-    return int(torch.randint(1, num_channels + 1, (), generator=generator_for(seed, Stream.PREFIX_LENGTH, step)))
+def unigram_nats(train_counts: Tensor, val_counts: Tensor) -> list[float]:
+    """Nats on val of the frequency of each token at each position of train, from counts (C, codebook_size).
+
+    Every token of train counts once more, so that none is impossible.
+    """
+    seen = (train_counts + 1).double()
+    nats = -(val_counts * (seen / seen.sum(-1, keepdim=True)).log()).sum(-1) / val_counts.sum(-1)
+    return [float(value) for value in nats]
+
+
+def draw_sheet(model: ChannelGPT, detokenize: Callable[[Tensor], Tensor], path: Path) -> None:
+    """Write a picture of samples with fixed seeds: a row for each of a few classes, a column for each k."""
+    config = model.config
+    shown = min(SHEET_CLASSES, config.num_classes)
+    labels = [i * config.num_classes // shown for i in range(shown)]
+    lengths = [k for k in (4, 16, 64, 128, 256) if k < config.num_channels] + [config.num_channels]
+    engine = Engine(CachedDecoder.from_model(model))
+    *_, last = stream(engine, labels, labels, config.num_channels, SamplingConfig())
+    columns = [map(to_pil, to_uint8(detokenize(last.tokens[:, :k]))) for k in lengths]
+    names = [config.class_names[label].split(",")[0][:20] for label in labels]
+    save_png(captioned_table(list(zip(*columns, strict=True)), names, [f"k={k}" for k in lengths]), path)

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from common.errors import InputError
+from common.config import InputError
 from common.images import captioned_table, save_animation
 from page.config import PageConfig
 from page.studio import MAX_FILE_BYTES, SKETCHES, Drawing, Studio

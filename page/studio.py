@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from common.errors import InputError
+from common.config import InputError
 from common.images import load_image, to_pil
 from generator.generate import Step
 from generator.pipeline import ChannelTokPipeline

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from common.config import Config, ModelTrainingConfig, setting
-from common.errors import InputError
+from common.config import Config, InputError, ModelTrainingConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,13 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import Refinement
-from common.errors import InputError
+from common.config import InputError, Refinement
 from common.images import to_float, to_uint8
 from common.randomness import normals
 from common.runtime import check_can_compile, has_fast_bfloat16, move
@@ -48,25 +46,14 @@ def flow_loss(
 ) -> Tensor:
     """Mean squared error of the velocity for each image: (b,) float32.
 
-    Args:
-        model: a `Refiner`, wrapped for several processes or not.
-        images: photographs (b 3 H W) in [-1, 1].
-        decoded: images decoded from their first k tokens, of the same shape and range.
-        num_tokens: (b,) k of each.
-        class_labels: (b,), null_label where the class is dropped.
-        scales: of `scale_table`, on the device.
-        noise: (b 3 H W), standard normal.
-        moments: times (b,) in [0, 1].
+    `images` are photographs (b 3 H W) in [-1, 1], `decoded` those of their first num_tokens (b,) tokens, `noise` is
+    standard normal of that shape, `moments` are times (b,) in [0, 1], `scales` those of `scale_table` on the device.
+    Labels (b,) are null_label where the class is dropped. `model` is a `Refiner`, possibly wrapped.
     """
     residual = (images - decoded) / scales[num_tokens - 1, None, None, None]
     point = torch.lerp(noise, residual, moments[:, None, None, None])
     velocity = model(point, decoded, moments, num_tokens, class_labels)
     return (velocity.float() - (residual - noise)).square().mean((1, 2, 3))
-
-
-def times(steps: int) -> list[float]:
-    """Times of an integration, from 0 to 1: steps + 1 numbers at equal distances."""
-    return [i / steps for i in range(steps + 1)]
 
 
 @torch.no_grad()
@@ -76,24 +63,15 @@ def integrate(
     num_tokens: Tensor,
     class_labels: Tensor,
     noise: Tensor,
-    moments: Sequence[float],
+    steps: int,
     cfg_scale: float,
     scales: Tensor,
 ) -> Tensor:
-    """Integrate the flow and add the residual to the decoded image: (b 3 H W) float32.
+    """Integrate the flow in steps of equal length and add the residual to the decoded image: (b 3 H W) float32.
 
     Heun's method: a step of Euler and a correction; the last step has no correction, as in Karras et al. (2022, arXiv
-    2206.00364, algorithm 1).
-
-    Args:
-        refiner: the network.
-        decoded: (b 3 H W) in [-1, 1].
-        num_tokens: (b,) k of each image.
-        class_labels: (b,) in [0, null_label].
-        noise: (b 3 H W), standard normal.
-        moments: as returned by `times`.
-        cfg_scale: classifier-free guidance before time GUIDED_UNTIL, where it costs a second pass; 1 = off.
-        scales: of `scale_table`, on the device.
+    2206.00364, algorithm 1). Tensors are as in `flow_loss`; cfg_scale is classifier-free guidance before time
+    GUIDED_UNTIL, where it costs a second pass, 1 = off.
     """
     null = torch.full_like(class_labels, refiner.config.null_label)
     both = torch.cat([decoded, decoded]), torch.cat([num_tokens, num_tokens]), torch.cat([class_labels, null])
@@ -109,10 +87,11 @@ def integrate(
         return torch.lerp(unconditional, conditional, cfg_scale)
 
     point = noise
-    for i, (moment, following) in enumerate(pairwise(moments)):
+    for i in range(steps):
+        moment, following = i / steps, (i + 1) / steps
         step = following - moment
         slope = velocity(point, moment)
-        if i < len(moments) - 2:
+        if i < steps - 1:
             slope = (slope + velocity(point + step * slope, following)) / 2
         point = point + step * slope
     return decoded + point * scales[num_tokens - 1, None, None, None]
@@ -125,10 +104,8 @@ class ImageRefiner:
     refined image depends on its seed, class, decoded image and k; other images of the batch change at most the rounding
     of sums.
 
-    Args:
-        refiner: on the device to use.
-        dtype: of weights and maps, float32 or bfloat16; None is bfloat16 where that runs in hardware.
-        compile: compile the network with torch.compile, at the first batch of each size.
+    Weights and maps have `dtype`, by default bfloat16 where that runs in hardware, else float32; with `compile` the
+    network is compiled at the first batch of each size.
 
     Raises:
         InputError: compile, without a C++ compiler.
@@ -169,12 +146,7 @@ class ImageRefiner:
     ) -> Tensor:
         """Refine images (b 3 H W) uint8, decoded from k tokens each -> (b 3 H W) uint8, on the device.
 
-        Args:
-            images: on any device.
-            num_tokens: k of each image, in [1, C].
-            class_labels: label of each, in [0, null_label]; the last is no class.
-            seeds: seed of each image's noise, in [0, 2**63).
-            refinement: steps, guidance and temperature.
+        k is in [1, C], a label in [0, null_label], and a seed, of an image's noise, in [0, 2**63).
 
         Raises:
             InputError: guidance of a refiner trained without null label, or a seed out of range.
@@ -211,19 +183,17 @@ class ImageRefiner:
 
     def _run(self, inputs: list[Tensor], refinement: Refinement) -> Tensor:
         decoded, num_tokens, class_labels, noise = inputs
-        return integrate(
-            self.refiner, decoded, num_tokens, class_labels, noise, times(refinement.steps), refinement.cfg_scale,
-            self.scales,
-        )  # fmt: skip
+        steps, scale = refinement.steps, refinement.cfg_scale
+        return integrate(self.refiner, decoded, num_tokens, class_labels, noise, steps, scale, self.scales)
 
     def _captured(self, places: list[Tensor], refinement: Refinement) -> tuple[Any, list[Tensor], Tensor]:
         """Record an integration that reads `places` as a CUDA graph; returns the graph, `places` and its result."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._run(places, refinement)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self._run(places, refinement)
@@ -233,11 +203,10 @@ class ImageRefiner:
         """Seconds that refining a batch of this size takes; measured once."""
         key = batch_size, refinement
         if key not in self._seconds:
-            size = self.config.image_size
+            size, same = self.config.image_size, [1] * batch_size
             images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8)
-            same = [1] * batch_size
-            self(images, same, [0] * batch_size, same, refinement).cpu()
-            begun = time.perf_counter()
-            self(images, same, [0] * batch_size, same, refinement).cpu()
-            self._seconds[key] = time.perf_counter() - begun
+            for _ in range(2):  # the first time may compile or capture
+                begun = time.perf_counter()
+                self(images, same, [0] * batch_size, same, refinement).cpu()
+                self._seconds[key] = time.perf_counter() - begun
         return self._seconds[key]

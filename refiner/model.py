@@ -132,17 +132,10 @@ class Refiner(SavedModel):
             nn.init.zeros_(layer.bias)
 
     def forward(self, point: Tensor, decoded: Tensor, time: Tensor, num_tokens: Tensor, class_labels: Tensor) -> Tensor:
-        """Predict the velocity at a point of the flow.
+        """Predict the velocity (b 3 H W) float32 at a point of the flow.
 
-        Args:
-            point: (b 3 H W) float32, noise at time 0 and the residual in units of its scale at time 1.
-            decoded: (b 3 H W) in [-1, 1], decoded from k tokens.
-            time: (b,) in [0, 1].
-            num_tokens: (b,) integers, k of each image, in [1, C].
-            class_labels: (b,) integers in [0, null_label]; the last is no class.
-
-        Returns:
-            (b 3 H W) float32.
+        `point` is noise at time 0 and the residual in units of its scale at time 1, `decoded` (b 3 H W) in [-1, 1].
+        Times (b,) are in [0, 1], num_tokens (b,) in [1, C], labels (b,) in [0, null_label]; the last is no class.
         """
         config = self.config
         # fmt: off

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.checkpoint import fingerprint
+from common.config import InputError
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
 from common.randomness import Stream, generator_for, normals
-from common.runtime import pick_dtype, send
+from common.runtime import move, pick_dtype, send
 from refiner.config import RefinerConfig, RefinerSize, RefinerTrainingConfig, size_of
-from refiner.flow import flow_loss, integrate, scale_table, times
+from refiner.flow import flow_loss, integrate, scale_table
 from refiner.model import Refiner
 from training.images import ImageTrainer, LabelledImages
 from training.model_state import StepLoss
@@ -29,42 +30,16 @@ EVALUATION_BATCH = 32
 Continue = Callable[[Tensor, list[int], list[int], list[int], list[int]], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Codec:
-    """A frozen tokenizer on a device, as the refiner needs it.
-
-    Attributes:
-        fingerprint: of all its weights.
-        image_size, num_channels, num_bits: of its images and tokens.
-        lengths: the k at which images are evaluated, rising, the last C.
-        tokenize: images (b 3 H W) in [-1, 1] -> tokens (b C).
-        decode: tokens (b C) and lengths (b,) on the CPU -> images (b 3 H W) uint8.
-        continue_tokens: tokens (b C), lengths kept, lengths wanted, labels, seeds -> tokens (b k) whose last ones a
-            generator has drawn; None without one.
-    """
-
-    fingerprint: str
-    image_size: int
-    num_channels: int
-    num_bits: int
-    lengths: list[int]
-    tokenize: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor, Tensor], Tensor]
-    continue_tokens: Continue | None = None
-
-
 class RefinerTrainer(ImageTrainer):
     """Trains a refiner and writes it to training.output_dir.
 
     The folder holds refiner/ (the averaged weights; copy it into a model folder to draw with it), checkpoints/,
     refined/step-NNNNNNNN.png and log.jsonl.
 
-    Args:
-        training: settings.
-        size: of the network; with training.init_from the default, or that refiner's.
-        images: the data.
-        codec_on: the tokenizer on a device.
-        identity: further values that must not change when a run is resumed, JSON values.
+    With training.init_from, `size` is the default or that refiner's. `tokenizer` is a `ChannelTokenizer`, `lengths`
+    are the k at which images are evaluated, rising, the last C. `decoder` makes a function from tokens and lengths to
+    uint8 images of a tokenizer; `load_generator` a `ChannelTokPipeline` of a folder and a device. `identity` has
+    further values that must not change when a run is resumed.
 
     Raises:
         InputError: settings or data that cannot be used.
@@ -75,12 +50,22 @@ class RefinerTrainer(ImageTrainer):
         training: RefinerTrainingConfig,
         size: RefinerSize,
         images: LabelledImages,
-        codec_on: Callable[[torch.device], Codec],
+        tokenizer: Any,
+        lengths: list[int],
+        decoder: Callable[[Any], Callable[[Tensor, Tensor], Tensor]],
+        load_generator: Callable[[str, str], Any],
         identity: dict[str, Any],
     ):
-        super().__init__(training, compiles=training.compile)
-        self.training, self.images = training, images
-        self.codec = codec_on(self.device)
+        super().__init__(training)
+        self.training, self.images, self.lengths = training, images, lengths
+        self.weights = fingerprint(tokenizer)
+        self.tokenizer = move(tokenizer, self.device).requires_grad_(False)
+        self.decode = decoder(self.tokenizer)
+        self.pipeline = None
+        if training.generator is not None:
+            self.pipeline = load_generator(training.generator, str(self.device))
+            if fingerprint(self.pipeline.tokenizer) != self.weights:
+                raise InputError(f"generator {training.generator} has another tokenizer than {training.tokenizer}")
         self.held = list(self.held_batches(training.validation_images, EVALUATION_BATCH))
         model = self._model(size)
         self.model_config = model.config
@@ -88,20 +73,20 @@ class RefinerTrainer(ImageTrainer):
         identity = identity | {
             "model": asdict(model.config),
             "images": images.train.source.fingerprint(),
-            "tokenizer_weights": self.codec.fingerprint,
+            "tokenizer_weights": self.weights,
         }
         self.prepare(model, identity)
 
     def _model(self, size: RefinerSize) -> Refiner:
         """A new model, or the one of init_from."""
-        codec, training = self.codec, self.training
+        training = self.training
         config = RefinerConfig(
             **asdict(size),
-            image_size=codec.image_size,
-            num_channels=codec.num_channels,
+            image_size=self.tokenizer.config.image_size,
+            num_channels=self.tokenizer.config.num_channels,
             class_names=self.images.class_names,
-            tokenizer_fingerprint=codec.fingerprint,
-            scale_lengths=codec.lengths,
+            tokenizer_fingerprint=self.weights,
+            scale_lengths=self.lengths,
             scales=self._measured_scales(),
             has_null_label=training.label_dropout > 0,
         )
@@ -125,10 +110,10 @@ class RefinerTrainer(ImageTrainer):
 
     @torch.no_grad()
     def _measured_scales(self) -> list[float]:
-        """Root mean square of image - decoded image at each of codec.lengths."""
+        """Root mean square of image - decoded image at each of `lengths`."""
         images = torch.cat([batch.images for batch in self.held])[:SCALE_IMAGES]
         found = []
-        for k in self.codec.lengths:
+        for k in self.lengths:
             squares = [
                 (to_float(part) - self._decoded(self._tokens(part), k).cpu()).square().mean((1, 2, 3))
                 for part in images.split(EVALUATION_BATCH)
@@ -137,26 +122,27 @@ class RefinerTrainer(ImageTrainer):
         return found
 
     def _tokens(self, images: Tensor) -> Tensor:
-        return self.codec.tokenize(to_float(images.to(self.device)))
+        tokens: Tensor = self.tokenizer.tokenize(to_float(images.to(self.device)))
+        return tokens
 
     def _decoded(self, tokens: Tensor, k: int) -> Tensor:
         """Images (b 3 H W) in [-1, 1], decoded from the first k tokens of each."""
-        return to_float(self.codec.decode(tokens, torch.full((len(tokens),), k)))
+        return to_float(self.decode(tokens, torch.full((len(tokens),), k)))
 
     def loss(self, model: nn.Module, batch: Any, part: Part) -> StepLoss:
         """Loss of a micro-batch."""
-        training, codec = self.training, self.codec
+        training, sizes = self.training, self.tokenizer.config
         images, labels = self.to_device(batch)
-        num_tokens = draw_lengths(part, codec.num_channels)
+        num_tokens = draw_lengths(part, sizes.num_channels)
         with torch.no_grad():
-            tokens = codec.tokenize(images)
+            tokens = self.tokenizer.tokenize(images)
             if training.bit_flips:
-                tokens = tokens ^ send(draw_flips(part, codec, training.bit_flips), self.device)
-            if codec.continue_tokens is not None:
-                tokens = continue_some(
-                    tokens, num_tokens, batch.labels, part, training.continued_share, codec.continue_tokens
-                )
-            decoded = to_float(codec.decode(tokens, num_tokens))
+                flips = draw_flips(part, sizes.num_channels, sizes.num_bits, training.bit_flips)
+                tokens = tokens ^ send(flips, self.device)
+            if self.pipeline is not None:
+                share = training.continued_share
+                tokens = continue_some(tokens, num_tokens, batch.labels, part, share, self._continue_tokens)
+            decoded = to_float(self.decode(tokens, num_tokens))
         dropped = send(part.drops(training.label_dropout), self.device)
         labels = torch.where(dropped, self.model_config.null_label, labels)
         # the trainer has seeded torch for this micro-batch
@@ -165,9 +151,16 @@ class RefinerTrainer(ImageTrainer):
         losses = flow_loss(model, images, decoded, send(num_tokens, self.device), labels, self.scales, noise, time)
         return StepLoss(terms={"loss": losses.mean()})
 
+    def _continue_tokens(
+        self, tokens: Tensor, kept: list[int], wanted: list[int], labels: list[int], seeds: list[int]
+    ) -> Tensor:
+        assert self.pipeline is not None
+        drawn: Tensor = self.pipeline(labels, wanted, seeds, prefix=tokens, prefix_lengths=kept).tokens
+        return drawn
+
     def evaluate(self, averaged: Refiner, step: int) -> dict[str, Any]:
-        """Validation loss at each of codec.lengths, and a picture."""
-        found: dict[int, list[Tensor]] = {k: [] for k in self.codec.lengths}
+        """Validation loss at each of `lengths`, and a picture."""
+        found: dict[int, list[Tensor]] = {k: [] for k in self.lengths}
         seen = 0
         for batch in tqdm(self.held, desc="evaluation", leave=False):
             rng = generator_for(seen, Stream.STEP)
@@ -197,10 +190,10 @@ class RefinerTrainer(ImageTrainer):
         noise = normals(range(len(images)), *images.shape[1:]).to(self.device)
         tokens = self._tokens(images)
         columns, names = [], []
-        for k in self.codec.lengths[1::2]:
+        for k in self.lengths[1::2]:
             num_tokens, decoded = torch.full((len(images),), k, device=self.device), self._decoded(tokens, k)
             with self.accelerator.autocast():
-                refined = integrate(averaged, decoded, num_tokens, labels, noise, times(SHEET_STEPS), 1.0, self.scales)
+                refined = integrate(averaged, decoded, num_tokens, labels, noise, SHEET_STEPS, 1.0, self.scales)
             columns += [to_uint8(decoded), to_uint8(refined)]
             names += [f"k={k}", "refined"]
         table = [[to_pil(image) for image in row] for row in zip(*columns, images, strict=True)]
@@ -222,14 +215,12 @@ def draw_lengths(part: Part, num_channels: int) -> Tensor:
     return torch.exp(uniform[list(part.rows)] * math.log(num_channels + 1)).long().clamp(1, num_channels)
 
 
-def draw_flips(part: Part, codec: Codec, most: float) -> Tensor:
+def draw_flips(part: Part, num_channels: int, num_bits: int, most: float) -> Tensor:
     """Bits to flip, as integers to combine with tokens by exclusive or: (b C) int64."""
     rng = part.rng(Stream.BIT_NOISE)
-    shape = part.batch_size, codec.num_channels, codec.num_bits
     share = most * torch.rand(part.batch_size, 1, 1, generator=rng)
-    flips = (torch.rand(shape, generator=rng) < share)[list(part.rows)]
-    weights = 2 ** torch.arange(codec.num_bits)
-    return (flips * weights).sum(-1)
+    flips = (torch.rand(part.batch_size, num_channels, num_bits, generator=rng) < share)[list(part.rows)]
+    return (flips * 2 ** torch.arange(num_bits)).sum(-1)
 
 
 def continue_some(
@@ -237,13 +228,9 @@ def continue_some(
 ) -> Tensor:
     """Replace the last tokens of some images by tokens that a generator draws.
 
-    Args:
-        tokens: (b C) of images.
-        num_tokens: (b,) how many of them are used, on the CPU.
-        labels: (b,) classes, on the CPU.
-        part: the rows of the micro-batch.
-        share: of images, at most; of those with one token used none is changed.
-        continue_tokens: see `Codec`; the number of tokens it keeps is log-uniform from 1 to all that are used.
+    Of tokens (b C), num_tokens (b,) are used; both num_tokens and labels (b,) are on the CPU. At most a `share` of the
+    images is changed, none of those with one token. `continue_tokens` maps tokens (b C), lengths kept, lengths wanted,
+    labels and seeds to tokens (b k); the number kept is log-uniform from 1 to all that are used.
     """
     uniform = torch.rand(part.batch_size, 2, generator=part.rng(Stream.CONTINUED))[list(part.rows)]
     kept = torch.exp(uniform[:, 1] * torch.log(num_tokens + 1)).long().clamp(min=1).minimum(num_tokens)

@@ -27,11 +27,8 @@ from tokenizer.settings import ClassifierConfig
 __all__ = ["REPO", "Finished", "ScriptRunner"]
 torch.set_num_threads(1)  # tiny models gain nothing from a second one, and would wait for it on a busy machine
 CLASS_NAMES = [
-    "goldfish, Carassius auratus",
-    "tench, Tinca tinca",
-    "great white shark, white shark, man-eater",
-    "hen",
-    "ostrich, Struthio camelus",
+    *("goldfish, Carassius auratus", "tench, Tinca tinca", "great white shark, white shark, man-eater"),
+    *("hen", "ostrich, Struthio camelus"),
 ]
 
 
@@ -45,15 +42,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptRunner]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> ChannelTokenizer:
     """32 x 32 pixels, 16 tokens of 6 bits; random weights."""
-    config = TokenizerConfig(
-        image_size=32,
-        num_channels=16,
-        patch_size=2,
-        encoder_widths=[32, 32],
-        decoder_widths=[32],
-        num_bits=6,
-        num_heads=4,
-    )
+    sizes = {"image_size": 32, "num_channels": 16, "patch_size": 2, "num_bits": 6, "num_heads": 4}
+    config = TokenizerConfig(**sizes, encoder_widths=[32, 32], decoder_widths=[32])
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return ChannelTokenizer(config).eval()
@@ -61,18 +51,9 @@ def tiny_tokenizer() -> ChannelTokenizer:
 
 def tiny_config(tokenizer: ChannelTokenizer, num_layers: int = 2, **changes: Any) -> ChannelGPTConfig:
     """Of a generator with the tokens of the tiny tokenizer."""
-    fields: dict[str, Any] = {
-        "num_layers": num_layers,
-        "num_heads": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_channels": 16,
-        "num_bits": 6,
-        "class_names": CLASS_NAMES,
-        "tokenizer_fingerprint": tokenizer.token_fingerprint(),
-        "has_null_label": True,
-    }
-    return ChannelGPTConfig(**fields | changes)
+    size = {"num_layers": num_layers, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    tokens = {"num_channels": 16, "num_bits": 6, "tokenizer_fingerprint": tokenizer.token_fingerprint()}
+    return ChannelGPTConfig(**size | tokens | {"class_names": CLASS_NAMES, "has_null_label": True} | changes)
 
 
 def sharp_generator(config: ChannelGPTConfig) -> ChannelGPT:
@@ -152,33 +133,32 @@ def slow_pipeline_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenize
     return save_pipeline(tmp_path_factory.mktemp("slow-model"), tiny_tokenizer, model)
 
 
+def save_noise(path: Path, rng: np.random.Generator, cells: int, size: tuple[int, int]) -> None:
+    """Write a smooth random picture; the folder is created if necessary."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and val/ of three classes, PNG and JPEG of several sizes. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):
         for name in ("n01", "n02", "n03"):
-            (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-                picture = Image.fromarray(coarse).resize((32 + 8 * i, 40), Image.Resampling.BICUBIC)
-                picture.save(folder / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+                save_noise(folder / split / name / f"{i}.{'png' if i % 2 else 'jpg'}", rng, 4, (32 + 8 * i, 40))
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, 24 pictures to train on and 6 to look at; half PNG, half JPEG. Tests change only copies."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3)):
         for name in ("hen", "tench"):
-            (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-                picture = Image.fromarray(pixels).resize((16 + i, 20), Image.Resampling.BICUBIC)
-                picture.save(folder / split / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
+                save_noise(folder / split / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}", rng, 3, (16 + i, 20))
     return folder
 
 
@@ -271,13 +251,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 pictures in 5 class folders, of several sizes."""
-    folder = tmp_path_factory.mktemp("reference")
-    rng = np.random.default_rng(7)
+    folder, rng = tmp_path_factory.mktemp("reference"), np.random.default_rng(7)
     for i in range(12):
-        path = folder / f"class{i % 5}" / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((40 + i, 36), Image.Resampling.BICUBIC).save(path)
+        save_noise(folder / f"class{i % 5}" / f"{i:02d}.png", rng, 4, (40 + i, 36))
     return folder
 
 
@@ -300,7 +276,7 @@ def measured(
 ) -> Path:
     """One run with everything on."""
     folder = tmp_path_factory.mktemp("measured")
-    flags = ["--anchors", "--save-images", "--save-npz", "--class-names", class_names]
+    flags = ["--anchors", "--save-npz", "--class-names", class_names]
     done = scripts("benchmark.py", *words(pipeline_folder, photographs, classifier, folder), *flags)
     assert done.code == 0, done.err
     return folder

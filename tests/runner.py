@@ -20,8 +20,8 @@ from unittest.mock import patch
 
 REPO = Path(__file__).resolve().parents[1]
 PRELOADED = [
-    *("accelerate", "torchvision", "torch_fidelity", "evaluation.fid.measure", "evaluation.speed.report"),
-    *("generator.session", "generator.training", "tokenizer.extraction", "runner"),
+    *("accelerate", "torchvision", "torch_fidelity", "evaluation.fid.measure", "evaluation.speed.measure"),
+    *("generator.session", "generator.training", "refiner.training", "tokenizer.extraction", "runner"),
 ]
 
 
@@ -85,12 +85,12 @@ class ScriptRunner:
         """The words a user would type, for tests that want a process of their own."""
         return [sys.executable, str(REPO / script), *map(str, arguments)]
 
-    def __call__(self, script: str, *arguments: object, **how: Any) -> Finished:
+    def __call__(self, script: str | Path, *arguments: object, **how: Any) -> Finished:
         """Run a script to its end, as `start` does."""
         return self.start(script, *arguments, **how).wait()
 
     def start(
-        self, script: str, *arguments: object, processes: int = 1, before: str = "", cwd: Path | None = None
+        self, script: str | Path, *arguments: object, processes: int = 1, before: str = "", cwd: Path | None = None
     ) -> Running:
         """Start a script; several processes find each other on the CPU as those of torchrun do.
 

@@ -1,6 +1,5 @@
-import errno
 import os
-import subprocess
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 
 from common import checkpoint, cli
 from common.checkpoint import fingerprint, load_foreign_state, load_tensors, save_tensors
-from common.errors import InputError
+from common.config import InputError
 from common.files import folder_written_whole, read_json, write_text, written_whole
 from tokenizer import ChannelTokenizer
 
@@ -18,13 +17,12 @@ def everything(folder):
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "old").write_text("old")
     for name in ("old", "new", "deep/new"):
-        with pytest.raises(error), written_whole(tmp_path / name) as temporary:
+        with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / name) as temporary:
             temporary.write_text("half of the n")
-            raise error
+            raise KeyboardInterrupt
     assert everything(tmp_path) == {"old": b"old", "deep": False}
 
 
@@ -74,11 +72,10 @@ def test_the_files_of_a_folder_are_flushed_before_it_is_renamed(tmp_path, monkey
         assert order.index(("sync", (tmp_path / "folder" / name).stat().st_ino)) < renamed
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_folder_that_fails_or_exists_changes_nothing(tmp_path, error):
-    with pytest.raises(error), folder_written_whole(tmp_path / "folder") as temporary:
+def test_a_folder_that_fails_or_exists_changes_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), folder_written_whole(tmp_path / "folder") as temporary:
         (temporary / "a").write_text("a")
-        raise error
+        raise KeyboardInterrupt
     assert everything(tmp_path) == {}
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
@@ -87,54 +84,30 @@ def test_a_folder_that_fails_or_exists_changes_nothing(tmp_path, error):
     assert everything(tmp_path) == {"folder": False, "folder/old": b"old"}
 
 
-def test_a_saved_model_replaces_an_older_one_weights_last(tmp_path, tiny_tokenizer, monkeypatch):
-    order = []
-
-    def replace(self, target, real=Path.replace):
-        order.append(Path(target).name)
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
+def test_a_saved_model_replaces_an_older_one(tmp_path, tiny_tokenizer):
     for _ in range(2):
         tiny_tokenizer.save_pretrained(tmp_path)
     assert sorted(everything(tmp_path)) == ["config.json", "model.safetensors"]
-    assert order == ["config.json", "model.safetensors"] * 2
     assert fingerprint(ChannelTokenizer.from_pretrained(tmp_path)) == fingerprint(tiny_tokenizer)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fingerprint_changes_with_one_bit(dtype):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(5, 3).to(dtype)
-    before = fingerprint(model)
-    assert len(before) == 16
-    assert int(before, 16) >= 0
-    for parameter in model.parameters():
-        bits = parameter.data.view(torch.uint8)
-        bits.flatten()[-1] ^= 1
-        assert fingerprint(model) != before
-        bits.flatten()[-1] ^= 1
-        assert fingerprint(model) == before
+def fingerprint_of(**tensors):
+    module = torch.nn.Module()
+    for name, value in tensors.items():
+        module.register_buffer(name, value)
+    return fingerprint(module)
 
 
-def test_fingerprints_differ_by_names_shapes_types_and_the_sign_of_zero():
-    def of(**tensors):
-        module = torch.nn.Module()
-        for name, value in tensors.items():
-            module.register_buffer(name, value)
-        return fingerprint(module)
-
-    found = [
-        of(a=torch.zeros(4)),
-        of(b=torch.zeros(4)),
-        of(a=torch.zeros(2, 2)),
-        of(a=torch.zeros(4, dtype=torch.int32)),
-        of(a=-torch.zeros(4)),
-        of(a=torch.zeros(2), b=torch.zeros(2)),
-    ]
+def test_fingerprints_differ_by_one_bit_names_shapes_types_and_the_sign_of_zero():
+    one_bit = torch.zeros(4, dtype=torch.int32)
+    one_bit[-1] = 1
+    zeros = [torch.zeros(4), -torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), one_bit]
+    found = [*(fingerprint_of(a=value) for value in zeros), fingerprint_of(b=torch.zeros(4))]
+    found.append(fingerprint_of(a=torch.zeros(2), b=torch.zeros(2)))
     assert len(set(found)) == len(found)
-    assert of(a=torch.zeros(2, 3).T) == of(a=torch.zeros(3, 2))
+    assert all(len(one) == 16 and int(one, 16) >= 0 for one in found)
+    assert fingerprint_of(a=torch.zeros(2, 3).T) == fingerprint_of(a=torch.zeros(3, 2))
 
 
 def refusal(action, *arguments):
@@ -155,27 +128,19 @@ def test_foreign_weights_of_each_ending(tmp_path):
         assert str(tmp_path / name) in refusal(load_foreign_state, tmp_path / name)
 
 
-def test_damaged_foreign_weights_are_refused(tmp_path):
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pt")
-    content = (tmp_path / "whole.pt").read_bytes()
-    for i, damaged in enumerate((b"", b"no checkpoint", content[: len(content) // 2], content[:-30])):
-        path = tmp_path / f"{i}.pt"
+def test_foreign_files_that_are_damaged_or_hold_no_dictionary_of_weights_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"a": torch.zeros(1000)}, "epoch": 3}, path)
+    assert load_foreign_state(path, "model").keys() == {"a"}
+    for key in ("ema", None, "epoch"):
+        assert "model, epoch" in refusal(load_foreign_state, path, key)
+    content = path.read_bytes()
+    for damaged in (b"", b"no checkpoint", content[: len(content) // 2], content[:-30]):
         path.write_bytes(damaged)
         assert str(path) in refusal(load_foreign_state, path)
-
-
-@pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"a": torch.zeros(2), "epoch": 3}, {"a": {}}])
-def test_foreign_content_other_than_a_dictionary_of_weights_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "a.pt")
-    assert "a.pt" in refusal(load_foreign_state, tmp_path / "a.pt")
-
-
-def test_an_absent_entry_is_refused_with_those_present(tmp_path):
-    torch.save({"model": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "a.pt")
-    assert load_foreign_state(tmp_path / "a.pt", "model").keys() == {"a"}
-    assert "model, epoch" in refusal(load_foreign_state, tmp_path / "a.pt", "ema")
-    assert "model, epoch" in refusal(load_foreign_state, tmp_path / "a.pt")
-    assert "'epoch'" in refusal(load_foreign_state, tmp_path / "a.pt", "epoch")
+    for other in (torch.zeros(2), [torch.zeros(2)], {"a": {}}):
+        torch.save(other, path)
+        assert str(path) in refusal(load_foreign_state, path)
 
 
 class Payload:
@@ -212,27 +177,12 @@ def test_damaged_tensors_and_json_are_refused(tmp_path):
 
 
 @pytest.fixture
-def full_disk(tmp_path, monkeypatch):
-    """A folder with 64 KiB of room; where nothing can be mounted, a flush that reports a full disk."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-    if os.name == "posix" and os.geteuid() == 0:
-        try:
-            command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-            mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            mounted = False
-    if not mounted:
-
-        def fsync(handle):
-            if os.fstat(handle).st_size > 50_000:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(checkpoint.os, "fsync", fsync)
-    yield folder
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+def full_disk(tmp_path):
+    """A folder in which no file becomes larger than 50 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", ["text", "tensors", "folder"])
@@ -255,6 +205,6 @@ def test_a_full_disk_is_one_clean_line_and_keeps_what_was_there(full_disk, capsy
     assert caught.value.code == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "No space left" in line
+    assert "File too large" in line
     assert [path.name for path in full_disk.iterdir()] == ["old.safetensors"]
     assert torch.equal(load_file(full_disk / "old.safetensors")["a"], torch.arange(10.0))

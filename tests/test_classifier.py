@@ -16,10 +16,10 @@ from torch.nn import functional as F
 import benchmark
 from common import cli
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
-from common.errors import InputError
+from common.config import InputError
 from evaluation.features import FeatureExtractor
 from tokenizer.classifier import KIND, PictureClassifier
-from tokenizer.settings import ClassifierConfig, ClassifierTrainingConfig
+from tokenizer.settings import ClassifierConfig
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = ["hen, a bird", "poêle", "tench"]
@@ -52,14 +52,13 @@ def noise(count: int, height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=rng)
 
 
-# ------------------------------------------------------------------------------------- the file
-
-
 def test_a_file_gives_back_the_weights_rounded_to_bfloat16(
     model: PictureClassifier, written: Path, tmp_path: Path
 ) -> None:
     loaded = PictureClassifier.load(written)
     assert (loaded.config, loaded.class_names) == (model.config, NAMES)
+    with safe_open(written, "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
@@ -68,16 +67,6 @@ def test_a_file_gives_back_the_weights_rounded_to_bfloat16(
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == written.read_bytes()
-
-
-def test_the_header_holds_the_network_and_the_names_of_its_classes(written: Path) -> None:
-    with safe_open(written, "pt") as file:
-        about = file.metadata()
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert json.loads(about[KIND]) == {
-        "config": {"classifier_size": SIZE, "widths": [8, 16, 24]},
-        "class_names": NAMES,
-    }
 
 
 def test_the_published_size_stays_below_5_megabytes(tmp_path: Path) -> None:
@@ -108,16 +97,12 @@ def with_header(**changes: str | None) -> Callable[[Path], None]:
     ("damage", "reason"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-7]), "damaged"),
-        (lambda path: path.write_bytes(b"\x80\x04 a pickle, or another format\n" * 20), "damaged"),
         (lambda path: path.unlink(), "is missing"),
         (lambda path: save_tensors(path, load_tensors(path)), "holds no classifier"),
         (without_a_weight, "blocks.1.conv1.weight"),
         (with_header(config=None), "not a complete classifier"),
-        (with_header(class_names=None), "not a complete classifier"),
         (with_header(config='{"depth": 3}'), "depth"),
-        (with_header(config='{"classifier_size": 16, "widths": [9]}'), "multiples of 8"),
         (with_header(class_names='["only one"]'), "head.weight"),
-        (with_header(class_names="3"), "not a complete classifier"),
     ],
 )
 def test_a_file_that_is_no_whole_classifier_is_refused_in_one_line(
@@ -131,10 +116,7 @@ def test_a_file_that_is_no_whole_classifier_is_refused_in_one_line(
         assert "\n" not in str(refusal.value)
 
 
-# ------------------------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize(("height", "width"), [(SIZE, SIZE), (64, 64), (40, 23), (7, 9)])
+@pytest.mark.parametrize(("height", "width"), [(SIZE, SIZE), (40, 23), (7, 9)])
 def test_pictures_are_resized_as_pillow_resizes_them(model: PictureClassifier, height: int, width: int) -> None:
     images = noise(2, height, width)
     prepared = model.prepare(images)
@@ -163,17 +145,6 @@ def test_the_features_of_a_picture_do_not_depend_on_the_batch(written: Path) -> 
         alone = extract.extract(images[i : i + 1])
         torch.testing.assert_close(alone[0], features[i : i + 1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone[1], logits[i : i + 1], rtol=1e-4, atol=1e-5)
-    shuffled = extract(images.flip(0))
-    torch.testing.assert_close(shuffled.flip(0), features, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("widths", [[8], [16, 8, 8, 8]])
-def test_the_smallest_pictures_allowed_have_different_features(widths: list[int]) -> None:
-    model = random_classifier(ClassifierConfig(classifier_size=2 ** (len(widths) + 1), widths=widths))
-    images = model.prepare(noise(2, 30, 30))
-    assert model.maps(images[:1])[-1].shape[2:] == (2, 2)
-    one, other = (model.features(image[None]) for image in images)
-    assert (one - other).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -181,18 +152,16 @@ def test_the_smallest_pictures_allowed_have_different_features(widths: list[int]
     [
         ({"widths": []}, "widths"),
         ({"widths": [12]}, "widths"),
-        ({"widths": [-8]}, "widths"),
-        ({"classifier_size": -16}, "classifier_size"),
-        ({"classifier_size": 20, "widths": [8, 8, 8]}, "classifier_size is 20; it must be a multiple of 8"),
-        ({"classifier_size": 8, "widths": [8, 8, 8]}, "with 3 widths it must be larger"),
+        (
+            {"classifier_size": 20, "widths": [8, 8, 8]},
+            "classifier_size is 20; with 3 widths it must be a multiple of 8",
+        ),
+        (
+            {"classifier_size": 8, "widths": [8, 8, 8]},
+            "classifier_size is 8; with 3 widths it must be a multiple of 8, and larger",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         ClassifierConfig(**settings)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1, float("nan")])
-def test_label_smoothing_outside_its_range_is_refused(share: float) -> None:
-    with pytest.raises(InputError, match="label_smoothing"):
-        ClassifierTrainingConfig(output_dir="run", label_smoothing=share)

@@ -13,7 +13,6 @@ from conftest import Finished, ScriptRunner
 from PIL import Image
 from torch.nn import functional as F
 
-from common.checkpoint import load_tensors
 from common.images import load_image, to_float
 from tokenizer.classifier import PictureClassifier
 
@@ -99,15 +98,6 @@ def test_the_figures_are_those_of_the_held_out_pictures(unbroken: Path, colours:
     assert model.class_names == ["a red one", "n02"]  # a folder without a name keeps its own
 
 
-def test_the_weights_written_are_the_average(unbroken: Path) -> None:
-    state = load_tensors(unbroken / "checkpoints" / "step-00000030" / "training.safetensors")
-    last = 0
-    for name, value in load_tensors(unbroken / "features.safetensors").items():
-        assert torch.equal(value, state[f"ema.{name}"].bfloat16()), name
-        last += torch.equal(value, state[f"model.{name}"].bfloat16())
-    assert last < 3
-
-
 def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(train: Run, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert train(folder, before=KILL_IN_STEP).code == -9
@@ -121,16 +111,7 @@ def test_a_killed_and_resumed_run_gives_the_bits_of_an_unbroken_one(train: Run, 
     assert "with model.widths = " in done.err
 
 
-def test_splits_with_different_classes_are_refused(train: Run, colours: Path, tmp_path: Path) -> None:
-    shutil.copytree(colours, tmp_path / "data")
-    (tmp_path / "data" / "val" / "n02").rename(tmp_path / "data" / "val" / "n03")
-    done = train(tmp_path / "run", data_dir=tmp_path / "data")
-    assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert "different classes" in done.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_unreadable_pictures_are_named_once_or_stop_a_strict_run(train: Run, colours: Path, tmp_path: Path) -> None:
+def test_unreadable_pictures_are_named_once(train: Run, colours: Path, tmp_path: Path) -> None:
     shutil.copytree(colours, tmp_path / "data")
     broken = [tmp_path / "data" / name for name in ("train/n01/03.png", "val/n02/04.png")]
     for path in broken:
@@ -141,7 +122,3 @@ def test_unreadable_pictures_are_named_once_or_stop_a_strict_run(train: Run, col
         assert done.err.count(f"skipped unreadable image {path}") == 1
     assert "2 unreadable images were skipped" in done.err
     assert log(tmp_path / "run")[-1]["evaluation"]["accuracy"] == 1
-    done = train(tmp_path / "strict", "--strict", "true", data_dir=tmp_path / "data")
-    assert done.code == 2
-    assert "Traceback" not in done.err
-    assert not (tmp_path / "strict" / "features.safetensors").exists()

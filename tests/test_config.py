@@ -7,8 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from common.config import Config, report_lengths, setting
-from common.errors import InputError
+from common.config import Config, InputError, report_lengths, setting
 
 
 @dataclass(frozen=True, kw_only=True)

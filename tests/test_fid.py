@@ -14,8 +14,8 @@ from oracles import fid as oracle
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from common.checkpoint import load_foreign_state, save_tensors
-from common.errors import InputError
+from common.checkpoint import load_foreign_state
+from common.config import InputError
 from evaluation import features as fid
 from evaluation.features import FeatureExtractor, sample_metrics
 from evaluation.frechet import RunningStatistics, frechet_distance
@@ -47,9 +47,6 @@ def by_torch_fidelity(first: Features, second: Features) -> float:
     return float(fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID])
 
 
-# ------------------------------------------------------------------------------------- statistics and distance
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**16), count=st.integers(2, 40), cuts=st.lists(st.integers(0, 40), max_size=6),
@@ -68,24 +65,6 @@ def test_running_statistics_are_those_of_all_vectors(
     np.testing.assert_allclose(running.covariance, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
 
-def test_an_update_changes_a_distance_computed_before() -> None:
-    first, second = draw(3, 30, 4), draw(4, 30, 4, shift=1)
-    running = statistics(first)
-    before = frechet_distance(running, statistics(second))
-    running.update(torch.from_numpy(second))
-    after = frechet_distance(running, statistics(second))
-    assert after == pytest.approx(oracle.frechet_distance(np.concatenate([first, second]), second), rel=1e-9)
-    assert after < before
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_a_covariance_needs_two_vectors(count: int) -> None:
-    few, enough = statistics(np.ones((count, 3))), statistics(np.ones((2, 3)))
-    for pair in ((few, enough), (enough, few)):
-        with pytest.raises(InputError, match="at least 2"):
-            frechet_distance(*pair)
-
-
 # the eigenvalues of the product that should be 0 are about 1e-13 of the largest, their roots 3e-7 of its root
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
 @pytest.mark.parametrize(
@@ -101,6 +80,11 @@ def test_the_distance_is_the_formula_s(counts: tuple[int, int], dimensions: int,
     assert frechet_distance(other, one) == pytest.approx(found, rel=1e-9)
     copy = RunningStatistics.from_moments(one.mean, one.covariance)
     assert frechet_distance(copy, other) == pytest.approx(found, rel=1e-9)
+    one.update(torch.from_numpy(second))  # the first distance is no longer that of these vectors
+    together = np.concatenate([first, second])
+    assert frechet_distance(one, other) == pytest.approx(oracle.frechet_distance(together, second), rel=tolerance)
+    with pytest.raises(InputError, match="at least 2"):
+        frechet_distance(one, statistics(second[:1]))
 
 
 def test_the_distance_of_distributions_that_are_known_exactly() -> None:
@@ -128,19 +112,13 @@ def test_a_set_equals_itself(count: int, dimensions: int, copies: int) -> None:
     assert found["kid"] < 0, "unbiased: without the kernel of a vector with itself"
 
 
-# ------------------------------------------------------------------------------------- other metrics
-
 SETS: dict[str, tuple[Features, Features]] = {  # samples, reference
     "as many": (draw(0, 40, 8), draw(1, 40, 8, shift=0.3)),
     "fewer samples": (draw(2, 17, 8), draw(3, 60, 8)),
-    "fewer than dimensions": (draw(6, 12, 64), draw(7, 10, 64)),
     "one dimension": (draw(10, 30, 1), draw(11, 28, 1)),
-    "part of the reference": (draw(12, 40, 6)[:15], draw(12, 40, 6)),
     "copies": (repeated(draw(13, 6, 64), 5), repeated(draw(13, 6, 64), 7)),
-    "copies among others": (np.concatenate([repeated(draw(14, 4, 7), 6), draw(15, 20, 7)]), draw(16, 40, 7)),
     "constant apart": (np.full((12, 6), 0.3), np.full((30, 6), 0.4)),
     "far from 0": (draw(18, 40, 8) + 1e4, draw(19, 30, 8) + 1e4),
-    "float32": (draw(20, 40, 8).astype(np.float32) + 3000, draw(21, 40, 8).astype(np.float32) + 3000),
 }
 
 
@@ -161,13 +139,7 @@ def test_kid_precision_and_recall_are_the_papers(name: str) -> None:
     assert (found["precision"], found["recall"]) == pytest.approx(manifold, abs=1e-7)
 
 
-def test_the_sets_differ_in_precision_and_recall() -> None:
-    """So that the test before fails if they are exchanged."""
-    found = [oracle.precision_and_recall(*SETS[name]) for name in SETS]
-    assert sum(0 < precision < 1 and 0 < recall < 1 and precision != recall for precision, recall in found) >= 2
-
-
-@pytest.mark.parametrize(("count", "classes"), [(10, 2), (47, 10), (200, 1008)])
+@pytest.mark.parametrize(("count", "classes"), [(10, 2), (47, 10)])
 def test_the_score_is_the_papers(count: int, classes: int) -> None:
     logits = 3 * draw(20, count, classes)
     found = metrics(draw(21, count, 2), draw(22, 12, 2), logits)["inception_score"]
@@ -194,25 +166,14 @@ def test_large_sets_use_subsets_and_the_fast_table(monkeypatch: pytest.MonkeyPat
     assert (fast["precision"], fast["recall"]) == (exact["precision"], exact["recall"])
 
 
-# ------------------------------------------------------------------------------------- networks
-
-
 def pictures(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
 
 
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
-def test_inception_of_a_weights_file(
-    inception_weights: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = load_foreign_state(inception_weights)
-    path = tmp_path / "inception.safetensors" if ending == "safetensors" else inception_weights
-    if ending == "safetensors":
-        save_tensors(path, state)
+def test_inception_of_a_weights_file(inception_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, state = inception_weights, load_foreign_state(inception_weights)
     extractor = FeatureExtractor(path)
     assert (extractor.is_inception, extractor.name) == (True, "Inception of other weights")
-    for name, value in extractor._network.state_dict().items():
-        assert torch.equal(value, state[name]), name
     images = pictures(2)
     features, logits = extractor.extract(images)
     assert (features.shape, logits.shape, features.dtype) == ((2, fid.FEATURES), (2, 1008), torch.float32)
@@ -231,8 +192,8 @@ def test_a_classifier_replaces_inception(classifier: Path, tmp_path: Path) -> No
     features, logits = extractor.extract(images)
     assert torch.equal(features, model.features(model.prepare(images)))
     assert torch.equal(logits, model(model.prepare(images)))
-    model.save(tmp_path / "same.safetensors")
-    assert FeatureExtractor(classifier=tmp_path / "same.safetensors").fingerprint == extractor.fingerprint
+    assert extractor.accuracy(torch.eye(6)[[0, 2, 2, 3]], [model.class_names[i] for i in (0, 2, 3, 3)]) == 0.75
+    assert extractor.accuracy(torch.eye(6)[:1], ["cock"]) is None
     model.head.bias[0] += 1
     model.save(tmp_path / "other.safetensors")
     assert FeatureExtractor(classifier=tmp_path / "other.safetensors").fingerprint != extractor.fingerprint
@@ -252,15 +213,12 @@ def test_other_weights_are_refused_in_one_line(tmp_path: Path, monkeypatch: pyte
         FeatureExtractor()
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value")])
-def test_without_a_download_one_line_says_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_without_a_download_one_line_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(url: str, path: str, hash_prefix: str) -> None:
         assert Path(path).name in url
         assert Path(path).parent.is_dir()
         assert hash_prefix == fid.WEIGHTS_SHA256
-        raise error
+        raise URLError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)

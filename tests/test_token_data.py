@@ -11,11 +11,10 @@ from conftest import ScriptRunner
 from tiny_store import CODES, TRAIN_ROWS, C, content, everything, fill, header
 from torch.utils.data import DataLoader
 
-from common.errors import InputError
 from generator import token_data
-from generator.progress import unigram_nats
 from generator.token_data import TokenDataset, whole_batch
 from generator.tokens import TokenStore
+from generator.training import unigram_nats
 
 
 @pytest.fixture
@@ -88,14 +87,6 @@ def test_views_are_a_function_of_seed_image_and_epoch(store: TokenStore) -> None
     assert len({tuple(epoch) for epoch in all_epochs}) > 20
     # 440 draws of two even chances: 4 sigma is 42
     assert abs(sum(map(sum, all_epochs)) - 220) < 42
-
-
-def test_an_empty_split_is_refused(tmp_path: Path) -> None:
-    store = TokenStore.create(tmp_path, header(split_files={"train": 1, "val": 1}))
-    nothing = torch.empty(0, 1, C, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    store.write_shard("val", 0, *nothing, ["n/x.jpg: cut"])
-    with pytest.raises(InputError, match="no val tokens"):
-        TokenDataset(store, "val", None)
 
 
 def test_counts_and_baselines_are_those_of_a_plain_loop(store: TokenStore) -> None:

@@ -4,8 +4,11 @@ import shutil
 import pytest
 from PIL import Image
 
+import train_tokenizer
+from common import cli
+from common.config import InputError
 from tokenizer import ChannelTokenizer
-from training.card import write_card
+from training.checkpoints import write_card
 
 FLAGS = [
     *("--image-size", 16, "--num-channels", 4, "--num-bits", 4, "--num-heads", 4),
@@ -15,18 +18,7 @@ FLAGS = [
     *("--num-workers", 0, "--mixed-precision", "no", "--seed", 3, "--perceptual", "none"),
 ]
 
-# SIGKILL between two steps, or with a checkpoint half written
-KILL_IN_STEP = """
-import os, signal
-from training.card import write_card
-from training.trainer import Trainer
-step = Trainer._step
-def killed(self, *arguments):
-    if self.step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self, *arguments)
-Trainer._step = killed
-"""
+# SIGKILL with a checkpoint half written
 KILL_IN_CHECKPOINT = """
 import os, signal
 from training import checkpoints as resuming
@@ -102,11 +94,12 @@ def test_a_run_writes_model_checkpoints_pictures_and_log(unbroken):
     assert {"l1", "token_entropy", "codebook_entropy", "commitment"} <= reported[-1].keys()
 
 
-def resume(train, folder, unbroken, *flags):
-    """Resume a run from step 4, and compare its files with those of an unbroken one."""
+def test_a_run_killed_in_a_checkpoint_is_resumed_with_the_bits_of_an_unbroken_one(train, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, before=KILL_IN_CHECKPOINT).code == -9
     whole = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(".")]
     assert max(whole) == "step-00000004"
-    done = train(folder, "--resume", *flags)
+    done = train(folder, "--resume", "--num-workers", 1)
     assert done.code == 0, done.err
     assert "resumed at step 4 of 8" in done.err
     for name in (
@@ -118,75 +111,30 @@ def resume(train, folder, unbroken, *flags):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
-def test_a_run_killed_in_a_checkpoint_is_resumed_with_the_bits_of_an_unbroken_one(train, unbroken, tmp_path):
-    assert train(tmp_path / "run", before=KILL_IN_CHECKPOINT).code == -9
-    resume(train, tmp_path / "run", unbroken, "--num-workers", 1)
-
-
-@pytest.fixture
-def halted(train, tmp_path):
-    """A run that was killed after its checkpoint of step 4."""
-    folder = tmp_path / "run"
-    assert train(folder, before=KILL_IN_STEP).code == -9
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "named"),
-    [("--weight-decay", 0.001, "weight_decay"), ("--seed", 4, "seed"), ("--num-bits", 5, "model.num_bits"),
-     ("--rate-weight", 0.1, "rate.rate_weight")],
-)  # fmt: skip
-def test_a_resume_with_other_settings_is_refused(train, unbroken, flag, value, named):
+def test_other_settings_images_or_folders_are_refused_and_a_complete_run_is_not_overwritten(
+    train, unbroken, data, tmp_path
+):
     before = everything(unbroken)
-    line = mistake(train(unbroken, "--resume", flag, value))
-    assert f"with {named} = " in line
-    assert everything(unbroken) == before
-
-
-def test_a_resume_with_other_images_is_refused(train, data, tmp_path):
-    pictures, folder = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(data, pictures)
-    assert train(folder, data_dir=pictures, before=KILL_IN_STEP).code == -9
-    (pictures / "train" / "hen" / "00.jpg").unlink()
-    before = everything(folder)
-    assert "with images = " in mistake(train(folder, "--resume", data_dir=pictures))
-    assert everything(folder) == before
-
-
-def test_a_complete_run_is_neither_continued_nor_overwritten(train, unbroken):
-    before = everything(unbroken)
-    done = train(unbroken, "--resume")
-    assert done.code == 0, done.err
-    assert "--resume" in mistake(train(unbroken))
-    assert everything(unbroken) == before
-
-
-def test_a_missing_or_damaged_checkpoint_is_refused(train, halted, tmp_path):
-    assert str(tmp_path / "new") in mistake(train(tmp_path / "new", "--resume"))
-    assert not (tmp_path / "new").exists()
-    weights = halted / "checkpoints" / "step-00000004" / "training.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-5])
-    assert str(weights) in mistake(train(halted, "--resume"))
-
-
-def test_an_empty_class_and_a_missing_folder_are_refused(train, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "train" / "empty").mkdir()
-    assert "empty" in mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
-    (tmp_path / "data" / "train" / "empty").rmdir()
-    shutil.rmtree(tmp_path / "data" / "val")
-    assert str(tmp_path / "data" / "val") in mistake(train(tmp_path / "out", data_dir=tmp_path / "data"))
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "data" / "train" / "hen" / "00.jpg").unlink()
+    assert train(unbroken, "--resume").code == 0
+    assert "--resume" in mistake(train(unbroken))
+    assert "with weight_decay = " in mistake(train(unbroken, "--resume", "--weight-decay", 0.001))
+    assert "with model.num_bits = " in mistake(train(unbroken, "--resume", "--num-bits", 5))
+    assert "with images = " in mistake(train(unbroken, "--resume", data_dir=tmp_path / "data"))
+    assert str(tmp_path / "new") in mistake(train(tmp_path / "new", "--resume"))
+    assert everything(unbroken) == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "named"),
-    [("--steps", 0, "steps"), ("--num-bits", 17, "num_bits"), ("--mask-probability", 2, "mask_probability"),
-     ("--l1-weight", 0, "l1_weight"), ("--learning-rat", 1, "--learning-rate")],
+    ("settings", "named"),
+    [(["--l1-weight", "0"], "l1_weight and l2_weight"), (["--frozen-encoder"], "init_from"),
+     (["--perceptual", "none", "--perceptual-weights", "a"], "perceptual is none")],
 )  # fmt: skip
-def test_settings_that_cannot_be_used_are_refused(train, tmp_path, flag, value, named):
-    assert named in mistake(train(tmp_path / "out", flag, value))
-    assert not (tmp_path / "out").exists()
+def test_settings_that_cannot_be_used_are_refused(settings, named):
+    with pytest.raises(InputError, match=named):
+        cli.parse(*train_tokenizer.CONFIGS, argv=["--data-dir", "a", "--output-dir", "b", *settings])
 
 
 @pytest.fixture
@@ -199,11 +147,10 @@ def damaged(data, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_truncated_images_are_named_once_counted_and_skipped(train, damaged, tmp_path, workers):
-    done = train(
-        tmp_path / "out", "--num-workers", workers, "--validation-images", 6, "--steps", 14, data_dir=damaged
-    )  # two epochs and more
+def test_truncated_images_are_named_once_counted_and_skipped(train, damaged, tmp_path):
+    flags = ("--num-workers", 1, "--validation-images", 6, "--batch-size", 12)
+    flags = (*flags, "--steps", 5, "--checkpoint-every", 5, "--evaluate-every", 5)  # two epochs and a half
+    done = train(tmp_path / "out", *flags, data_dir=damaged)
     assert done.code == 0, done.err
     assert ChannelTokenizer.from_pretrained(tmp_path / "out").config.num_channels == 4
     for path in ("train/hen/02.jpg", "val/tench/00.jpg"):

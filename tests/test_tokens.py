@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_store import CLASSES, CODES, TRAIN_ROWS, VAL_ROWS, C, content, fill, header
 
-from common.errors import InputError
+from common.config import InputError
 from generator.tokens import TokenStore, verify
 
 

@@ -7,7 +7,6 @@ _MODULES = {
     "ChannelTokenizer": "tokenizer.tokenizer",
     "PictureDecoder": "tokenizer.decoding",
     "TokenizerConfig": "tokenizer.config",
-    "swap_channels": "tokenizer.tokenizer",
 }
 __all__ = list(_MODULES)
 

@@ -5,7 +5,6 @@ the code, so the codebook of 2**n codes needs no table. A code packs into one in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 def signs_to_codes(vectors: Tensor) -> Tensor:
     """Nearest codes of vectors (..., n): entries +-1/sqrt(n). Exactly 0, and NaN, count as negative."""
     scale = vectors.shape[-1] ** -0.5
-    positive = vectors > 0
-    signs: Tensor = torch.where(positive, scale, -scale).to(vectors.dtype)
-    return signs
+    return torch.where(vectors > 0, scale, -scale).to(vectors.dtype)
 
 
 def pack_bits(codes: Tensor) -> Tensor:
@@ -41,17 +38,8 @@ def straight_through(vectors: Tensor) -> Tensor:
     return vectors + (signs_to_codes(vectors) - vectors).detach()
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizationLosses:
-    """The three terms of the quantizer, unweighted scalars: nats, nats, squared distance."""
-
-    token_entropy: Tensor
-    codebook_entropy: Tensor
-    commitment: Tensor
-
-
 def _pattern_probabilities(log_odds: Tensor) -> Tensor:
-    """Independent bits (t g), by their log-odds, to the odds of each of their patterns: (t 2**g)."""
+    """Log-odds of independent bits (t g) -> probability of each of their patterns (t 2**g)."""
     table = log_odds.new_ones(len(log_odds), 1)
     for bit in log_odds.unbind(-1):
         both = torch.stack([table * torch.sigmoid(-bit)[:, None], table * torch.sigmoid(bit)[:, None]], dim=-1)
@@ -60,10 +48,10 @@ def _pattern_probabilities(log_odds: Tensor) -> Tensor:
 
 
 def _mean_probabilities(log_odds: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over t of all patterns' odds, for independent bits (t g) and weights (t,): (2**g,).
+    """Weighted sum over t of all patterns' probabilities, for log-odds (t g) and weights (t,): (2**g,).
 
-    A pattern's odds are the product of its two halves' odds, so the sum over t is one matrix product of two
-    tables of 2**(g/2) columns; the table of t * 2**g numbers is never there.
+    A pattern's probability is the product of its two halves', so the sum over t is one matrix product of two tables of
+    2**(g/2) columns.
     """
     first, second = log_odds.tensor_split([log_odds.shape[-1] // 2], dim=-1)
     return ((_pattern_probabilities(first) * weights[:, None]).T @ _pattern_probabilities(second)).flatten()
@@ -75,14 +63,13 @@ def quantization_losses(
     inverse_temperature: float = 100.0,
     group_bits: int = 16,
     sum_over_processes: Callable[[Tensor], Tensor] = lambda value: value,
-) -> QuantizationLosses:
-    """Entropy and commitment terms of the channels that were kept.
+) -> dict[str, Tensor]:
+    """Entropy and commitment terms of the channels that were kept, in float32, also under autocast.
 
-    The soft assignment of a vector u to a code c is softmax(2 * inverse_temperature * <u, c>), a product of
-    independent bits. So the entropy of a token is the sum of its bits' entropies, exactly. The codebook's
-    is that of the mean assignment over all kept tokens of all processes, taken over groups of bits whose
-    entropies are added: an upper bound, and exact where one group holds all bits. Needs b * c * 2**(group_bits/2)
-    + 2**group_bits numbers; no table of all codes for all tokens. Computes in float32, also under autocast.
+    The soft assignment of a vector u to a code c is softmax(2 * inverse_temperature * <u, c>), a product of independent
+    bits, so the entropy of a token is the sum of its bits' entropies. The codebook's is that of the mean assignment
+    over all kept tokens of all processes, taken over groups of bits whose entropies are added: an upper bound, exact
+    where one group holds all bits. Needs b * c * 2**(group_bits/2) + 2**group_bits numbers.
 
     Args:
         vectors: (b, c, n) on the unit sphere, float32.
@@ -91,6 +78,9 @@ def quantization_losses(
         group_bits: most bits in a group, 1..16.
         sum_over_processes: tensor -> its sum over all training processes, whose gradients are averaged
             afterwards (`training.trainer.Trainer.sum_over_processes`); for one process the tensor itself.
+
+    Returns:
+        token_entropy and codebook_entropy in nats, and commitment, a squared distance: unweighted scalars.
     """
     num_bits = vectors.shape[-1]
     with torch.autocast(vectors.device.type, enabled=False):
@@ -107,14 +97,14 @@ def quantization_losses(
         codebook_entropy = kept.new_zeros(())
         for group in log_odds.tensor_split(-(-num_bits // group_bits), dim=-1):
             probabilities = sum_over_processes(_mean_probabilities(group, weights)) / count
-            # the clamp keeps the logarithm of a code with no odds at all, and its gradient, finite
+            # the clamp keeps the logarithm of a code without probability, and its gradient, finite
             logarithms = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
             codebook_entropy = codebook_entropy - (probabilities * logarithms).sum()
-        return QuantizationLosses(
-            token_entropy=mean(bit_entropies.sum(-1)),
-            codebook_entropy=codebook_entropy,
-            commitment=mean((kept - signs_to_codes(kept).detach()).square().mean(-1)),
-        )
+        return {
+            "token_entropy": mean(bit_entropies.sum(-1)),
+            "codebook_entropy": codebook_entropy,
+            "commitment": mean((kept - signs_to_codes(kept).detach()).square().mean(-1)),
+        }
 
 
 class BinarySphericalQuantizer(nn.Module):
@@ -125,9 +115,7 @@ class BinarySphericalQuantizer(nn.Module):
 
     def __init__(self, latent_size: int, num_bits: int):
         super().__init__()
-        self.latent_size = latent_size
-        self.num_bits = num_bits
-        flat = latent_size**2
+        self.latent_size, flat = latent_size, latent_size**2
         self.project_in = nn.Identity() if flat == num_bits else nn.Linear(flat, num_bits)
         self.project_out = nn.Identity() if flat == num_bits else nn.Linear(num_bits, flat)
 

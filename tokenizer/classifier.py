@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoint import load_tensors, load_tensors_metadata, save_tensors
-from common.errors import InputError
+from common.config import InputError
 from common.images import to_float
 from tokenizer.settings import CLASSIFIER_GROUPS, ClassifierConfig
 
@@ -79,8 +78,8 @@ class PictureClassifier(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with weights in bfloat16, and the network and class names in its header."""
         # a single entry: safetensors writes several in another order each time
-        about = json.dumps({"config": asdict(self.config), "class_names": self.class_names})
-        save_tensors(path, {k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, {KIND: about})
+        about = {KIND: json.dumps({"config": asdict(self.config), "class_names": self.class_names})}
+        save_tensors(path, {name: value.bfloat16() for name, value in self.state_dict().items()}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import Config, setting
-from common.errors import InputError
+from common.config import Config, InputError, setting
 
 SSIM_WINDOW = 11  # pixels
 LATENT_UPSAMPLINGS = {4: 2, 8: 1}  # to 16, by the side of the latent
@@ -35,31 +34,23 @@ class TokenizerConfig(Config):
     encoder_attention_sizes: list[int] = setting([], "map sizes at which encoder blocks are followed by attention")
     decoder_attention_sizes: list[int] = setting([], "map sizes at which decoder blocks are followed by attention")
     middle_attention: bool = setting(True, "attention between the two middle blocks")
-    linear_paths: bool = setting(
-        False,
-        "a linear map of overlapping patches beside the encoder and one beside the decoder, for small networks that "
-        "train briefly",
-    )
+    linear_paths: bool = setting(False, "linear maps beside encoder and decoder, for small, briefly trained networks")
     num_heads: int = setting(8, "attention heads", ge=1, le=2**10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.encoder_widths) < 2 or not self.decoder_widths:
-            raise InputError("encoder_widths needs at least two entries and decoder_widths at least one")
-        for name in ("encoder_widths", "decoder_widths"):
-            for width in getattr(self, name):
-                if width % GROUPS or width % self.num_heads:
-                    raise InputError(
-                        f"{name} holds {width}; each width must be a multiple of {GROUPS} (GroupNorm) "
-                        f"and of num_heads = {self.num_heads}"
-                    )
+        for name, widths, least in (("encoder", self.encoder_widths, 2), ("decoder", self.decoder_widths, 1)):
+            if len(widths) < least or any(width % GROUPS or width % self.num_heads for width in widths):
+                raise InputError(
+                    f"{name}_widths is {widths}; give {least} or more multiples of {GROUPS} (GroupNorm) and of "
+                    f"num_heads = {self.num_heads}"
+                )
         smallest = self.latent_size * 2 ** (len(self.encoder_widths) - 2) * self.patch_size
         ratio, rest = divmod(self.image_size, smallest)
         if rest or ratio < 1 or ratio & (ratio - 1):
             raise InputError(
-                f"image_size {self.image_size} does not fit the encoder: latent_size {self.latent_size}, "
-                f"{len(self.encoder_widths)} encoder_widths and patch_size {self.patch_size} allow {smallest} "
-                "times a power of two"
+                f"image_size {self.image_size} does not fit the encoder: latent_size, the number of encoder_widths and "
+                f"patch_size allow {smallest} times a power of two"
             )
         if self.output_size != self.image_size:
             raise InputError(
@@ -84,7 +75,7 @@ class TokenizerConfig(Config):
 
     @property
     def latent_upsamplings(self) -> int:
-        """Doublings before the decoder's first stage: latents of 4 and 8 go to 16, others stay."""
+        """Doublings before the decoder's first stage."""
         return LATENT_UPSAMPLINGS.get(self.latent_size, 0)
 
     @property
@@ -109,27 +100,17 @@ def fit_widths(values: dict[str, Any]) -> None:
         return
     output = latent * 2 ** (LATENT_UPSAMPLINGS.get(latent, 0) + len(decoder) - 1) * patch
     while output < size:
-        encoder.insert(0, encoder[0])
-        decoder.insert(0, decoder[0])
-        output *= 2
-    while output > size and (len(decoder) > 1 or patch % 2 == 0):
-        if len(decoder) > 1:
-            decoder.pop(0)
-            encoder = encoder[1:] if len(encoder) > 2 else encoder
-        else:
-            patch //= 2
-        output //= 2
+        encoder, decoder, output = encoder[:1] + encoder, decoder[:1] + decoder, output * 2
+    while output > size and len(decoder) > 1:
+        encoder, decoder, output = encoder[1:] if len(encoder) > 2 else encoder, decoder[1:], output // 2
+    while output > size and patch % 2 == 0:
+        patch, output = patch // 2, output // 2
     values |= {"encoder_widths": encoder, "decoder_widths": decoder, "patch_size": patch}
 
 
 def evaluation_lengths(num_channels: int) -> list[int]:
     """1, 4, 16, 64, ... and num_channels: the k at which quality is reported."""
-    lengths = []
-    k = 1
-    while k < num_channels:
-        lengths.append(k)
-        k *= 4
-    return [*lengths, num_channels]
+    return [4**i for i in range(8) if 4**i < num_channels] + [num_channels]
 
 
 def check_ssim_size(image_size: int) -> None:

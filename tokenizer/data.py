@@ -2,43 +2,31 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.errors import InputError
+from common.config import InputError
 from common.images import MIDDLE_SQUARE, Crop, UnreadableImageError, load_image
 from common.randomness import Stream, generator_for
 from tokenizer.settings import AugmentationConfig
 from tokenizer.sources import ImageSource
 
 logger = logging.getLogger(__name__)
+Sample = tuple[Tensor | None, int, dict[str, str]]  # image, label, and name: reason of images that cannot be read
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageBatch:
+class ImageBatch(NamedTuple):
     """images (b 3 H W) uint8, labels (b,) int64, and name: reason for each image that could not be read."""
 
     images: Tensor
     labels: Tensor
     unreadable: dict[str, str]
 
-    def pin_memory(self) -> "ImageBatch":
-        """Copy to page-locked memory, from which a GPU can fetch; called by torch's loader."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    image: Tensor | None
-    label: int
-    unreadable: dict[str, str]
-
-
-class ImageDataset(Dataset[_Sample]):
+class ImageDataset(Dataset[Sample]):
     """Images by (index, epoch); their augmentation depends on seed, index and epoch alone.
 
     Args:
@@ -53,15 +41,12 @@ class ImageDataset(Dataset[_Sample]):
         self,
         source: ImageSource,
         image_size: int,
+        augmentation: AugmentationConfig | None = None,
         *,
-        augmentation: AugmentationConfig | None,
-        seed: int,
-        replace_unreadable: bool,
+        seed: int = 0,
+        replace_unreadable: bool = False,
     ):
-        self.source = source
-        self.image_size = image_size
-        self.augmentation = augmentation
-        self.seed = seed
+        self.source, self.image_size, self.augmentation, self.seed = source, image_size, augmentation, seed
         self.replace_unreadable = replace_unreadable
         self._replaced: set[int] = set()
 
@@ -74,13 +59,12 @@ class ImageDataset(Dataset[_Sample]):
         # the flip is drawn first, and always: no setting changes what another one draws
         rng = generator_for(self.seed, Stream.AUGMENTATION, index, epoch)
         flip = bool(torch.rand((), generator=rng) < 0.5) and self.augmentation.random_flip
-        if self.augmentation.min_crop == 1:
-            return flip, MIDDLE_SQUARE
         share, across, down = torch.rand(3, generator=rng).tolist()
         lowest = self.augmentation.min_crop
-        return flip, Crop(share=lowest + (1 - lowest) * share, across=across, down=down)
+        crop = Crop(share=lowest + (1 - lowest) * share, across=across, down=down)
+        return flip, MIDDLE_SQUARE if lowest == 1 else crop
 
-    def __getitem__(self, key: tuple[int, int]) -> _Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
         flip, crop = self._draw(index, epoch)
         unreadable: dict[str, str] = {}
@@ -88,26 +72,24 @@ class ImageDataset(Dataset[_Sample]):
             position = (index + step) % len(self)
             if position in self._replaced:  # this process has reported it
                 continue
-            name = self.source.image_name(position)
             try:
-                image = load_image(self.source.read(position), self.image_size, crop, name)
+                image = load_image(self.source.read(position), self.image_size, crop, self.source.image_name(position))
             except UnreadableImageError as error:
                 unreadable[error.name] = error.reason
                 if self.replace_unreadable:
                     self._replaced.add(position)
                 continue
-            image = image.flip(-1) if flip else image
-            return _Sample(image=image, label=self.source.label(position), unreadable=unreadable)
-        return _Sample(image=None, label=self.source.label(index), unreadable=unreadable)
+            return image.flip(-1) if flip else image, int(self.source.labels[position]), unreadable
+        return None, -1, unreadable
 
 
-def collate(samples: Sequence[_Sample]) -> ImageBatch:
+def collate(samples: Sequence[Sample]) -> ImageBatch:
     """Stack the readable images; a batch may be smaller than requested, or empty."""
-    images = [sample.image for sample in samples if sample.image is not None]
+    images = [image for image, _, _ in samples if image is not None]
     return ImageBatch(
         images=torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        labels=torch.tensor([sample.label for sample in samples if sample.image is not None], dtype=torch.long),
-        unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
+        labels=torch.tensor([label for image, label, _ in samples if image is not None], dtype=torch.long),
+        unreadable={name: reason for _, _, found in samples for name, reason in found.items()},
     )
 
 

@@ -2,17 +2,14 @@
 
 import copy
 import functools
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from common.config import DTYPES
-from common.errors import InputError
 from common.images import to_uint8
-from common.runtime import check_can_compile, has_fast_bfloat16, pick_dtype
+from common.runtime import check_can_compile, has_fast_bfloat16
 from tokenizer.autoencoder import Decoder
 from tokenizer.tokenizer import ChannelTokenizer
 
@@ -27,9 +24,9 @@ def _fastest_layout(tokenizer: ChannelTokenizer, dtype: torch.dtype) -> Decoder:
     """
     device = tokenizer.device.type
     fast = device == "cuda" or (device == "cpu" and dtype == torch.float32)
-    layout = torch.channels_last if fast else torch.contiguous_format
-    if layout == torch.contiguous_format and dtype == tokenizer.dtype:
+    if not fast and dtype == tokenizer.dtype:
         return tokenizer.decoder
+    layout = torch.channels_last if fast else torch.contiguous_format
     return copy.deepcopy(tokenizer.decoder).requires_grad_(False).to(dtype=dtype).to(memory_format=layout)
 
 
@@ -56,16 +53,13 @@ class PictureDecoder:
         compile: compile the decoder with torch.compile, at the first picture of each batch size.
 
     Raises:
-        InputError: another dtype, or no compiler.
+        InputError: no compiler.
     """
 
     def __init__(self, tokenizer: ChannelTokenizer, *, dtype: torch.dtype | None = None, compile: bool = False):
-        self.tokenizer = tokenizer
-        self.device = tokenizer.device
+        self.tokenizer, self.device = tokenizer, tokenizer.device
         if dtype is None:
             dtype = torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32
-        if dtype not in map(pick_dtype, DTYPES):
-            raise InputError(f"dtype is {dtype}; pictures are decoded in {' or '.join(DTYPES)}")
         if compile:
             check_can_compile(self.device)
         self.dtype = dtype
@@ -79,12 +73,7 @@ class PictureDecoder:
     def __call__(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Tokens (b k) of any 1 <= k <= C -> pictures (b 3 H W) uint8, on the tokenizer's device.
 
-        Args:
-            tokens: integers in [0, codebook_size), on any device.
-            num_tokens: (b,) a length for each row, in [1, k]; None uses all k of every row.
-
-        Raises:
-            InputError: a shape or a length outside these ranges.
+        Tokens may be on any device. See `ChannelTokenizer.lookup` for `num_tokens`, ranges and errors.
         """
         return self._pictures(self.tokenizer.lookup(tokens.to(self.device), num_tokens))
 
@@ -94,7 +83,7 @@ class PictureDecoder:
 
         The tokens are read now: they may be overwritten afterwards. On CUDA the pictures are decoded
         beside what the current stream does next (keep `num_tokens` on the CPU: checking it must not wait for
-        the device); on other devices when they are first requested. Arguments and errors: see `__call__`.
+        the device); on other devices when they are first requested.
         """
         latents = self.tokenizer.lookup(tokens.to(self.device), num_tokens)
         if self._stream is None:
@@ -114,22 +103,13 @@ class PictureDecoder:
         return PendingPictures(finish)
 
     def seconds(self, batch_size: int) -> float:
-        """Seconds that decoding a batch of this size at full length takes; measured once for each size.
-
-        Raises:
-            InputError: a batch size below 1.
-        """
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        """Seconds that decoding a batch of this size at full length takes; measured once for each size."""
         if batch_size not in self._seconds:
-            tokens = torch.zeros(batch_size, self.tokenizer.config.num_channels, dtype=torch.int64, device=self.device)
-            self(tokens).cpu()
-            times: list[float] = []
-            while len(times) < 3 and sum(times) < 1:
-                begun = time.perf_counter()
-                self(tokens).cpu()  # fetching is what waits for a device
-                times.append(time.perf_counter() - begun)
-            self._seconds[batch_size] = statistics.median(times)
+            tokens = torch.zeros(batch_size, self.tokenizer.config.num_channels, dtype=torch.int64)
+            self(tokens).cpu()  # compiles
+            begun = time.perf_counter()
+            self(tokens).cpu()  # fetching is what waits for a device
+            self._seconds[batch_size] = time.perf_counter() - begun
         return self._seconds[batch_size]
 
     @torch.no_grad()

@@ -1,50 +1,36 @@
-"""Tokens of many images, each in one or several views."""
+"""Tokens of many images, each in one or several views, and the token store that they are written to."""
 
+import logging
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import ten_crop
+from tqdm import tqdm
 
+from common.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
+from common.config import InputError
+from common.files import exclusive_folder, folder_written_whole, read_json
 from common.images import to_float
+from common.runtime import launched_workers, move
 from tokenizer.data import ImageDataset, UnreadableFiles, collate
-from tokenizer.sources import ImageSource
+from tokenizer.settings import DataConfig, ExtractionConfig
+from tokenizer.sources import SPLITS, ImageSource, check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 
-
-@dataclass(frozen=True, kw_only=True)
-class Views:
-    """The views of an image that are tokenized.
-
-    Attributes:
-        count: number of views.
-        side: side of the middle square to load, relative to the tokenizer's image size.
-        cut: (images (b 3 H W) of that side, the tokenizer's side) -> the views, each (b 3 side side).
-    """
-
-    count: int
-    side: float
-    cut: Callable[[Tensor, int], Sequence[Tensor]]
-
-    def pixels(self, image_size: int) -> int:
-        """Return the side to load, in pixels."""
-        return round(self.side * image_size)
-
-
-VIEWS = {
-    "none": Views(count=1, side=1.0, cut=lambda images, _: [images]),
-    "flip": Views(count=2, side=1.0, cut=lambda images, _: [images, images.flip(-1)]),
+logger = logging.getLogger(__name__)
+# number of views; side of the square to load, relative to the tokenizer's; and what cuts images (b 3 H W) of that side,
+# given the tokenizer's, into views (b 3 side side)
+VIEWS: dict[str, tuple[int, float, Callable[[Tensor, int], Sequence[Tensor]]]] = {
+    "none": (1, 1.0, lambda images, _: [images]),
+    "flip": (2, 1.0, lambda images, _: [images, images.flip(-1)]),
     # as LlamaGen extracts its codes (arXiv 2406.06525): four corners and the middle, and the mirror images of these
-    "ten-crop": Views(count=10, side=1.1, cut=ten_crop),
+    "ten-crop": (10, 1.1, ten_crop),
 }
-
-
-def exact_dtype(tokenizer: ChannelTokenizer) -> torch.dtype:
-    """Return the format of a copy: bfloat16 if it represents all weights exactly, otherwise float32."""
-    exact = all(bool((weight == weight.bfloat16()).all()) for weight in tokenizer.parameters())
-    return torch.bfloat16 if exact else torch.float32
 
 
 def tokenize_files(
@@ -52,7 +38,7 @@ def tokenize_files(
     source: ImageSource,
     files: Sequence[int],
     *,
-    views: Views,
+    views: str,
     batch_size: int,
     num_workers: int,
     unreadable: UnreadableFiles,
@@ -71,20 +57,104 @@ def tokenize_files(
     Returns:
         tokens (rows, views, C) int64, labels (rows,) int64, and a line for each unreadable image.
     """
-    size = tokenizer.config.image_size
-    dataset = ImageDataset(source, views.pixels(size), augmentation=None, seed=0, replace_unreadable=False)
-    keys = [(index, 0) for index in files]
-    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
-    tokens = [torch.empty(0, views.count, tokenizer.config.num_channels, dtype=torch.long)]
+    size, (count, side, cut) = tokenizer.config.image_size, VIEWS[views]
+    loader = DataLoader(
+        ImageDataset(source, round(side * size)),
+        batch_sampler=[[(i, 0) for i in files[at : at + batch_size]] for at in range(0, len(files), batch_size)],
+        num_workers=num_workers,
+        collate_fn=collate,
+    )
+    tokens = [torch.empty(0, count, tokenizer.config.num_channels, dtype=torch.long)]
     labels = [torch.empty(0, dtype=torch.long)]
     left_out: list[str] = []
     for batch in loader:
         unreadable.note(batch)
         left_out += [f"{name}: {reason}" for name, reason in batch.unreadable.items()]
-        if not len(batch.images):
-            continue
-        images = to_float(batch.images.to(tokenizer.device))
-        tokens.append(torch.stack([tokenizer.tokenize(view).cpu() for view in views.cut(images, size)], dim=1))
-        labels.append(batch.labels)
+        if len(batch.images):
+            images = to_float(batch.images.to(tokenizer.device))
+            tokens.append(torch.stack([tokenizer.tokenize(view).cpu() for view in cut(images, size)], dim=1))
+            labels.append(batch.labels)
     return torch.cat(tokens), torch.cat(labels), left_out
+
+
+def write_store(config: ExtractionConfig, data: DataConfig, create: Callable[..., Any]) -> None:
+    """Write the shards of a token store that are missing, in one process or those that a launcher started.
+
+    Args:
+        config: the settings.
+        data: where the images are.
+        create: (whether this process writes the header, **fields of a `StoreHeader`) -> a `TokenStore`.
+
+    Raises:
+        InputError: what the settings name cannot be read, or the folder holds another store.
+    """
+    with (
+        launched_workers(config.device) as workers,
+        exclusive_folder(config.output_dir) if workers.is_main else nullcontext(),
+    ):
+        sources = {split: open_source(data, split) for split in SPLITS}
+        check_same_classes(sources["train"], sources["val"])
+        names = read_json(config.class_names) if config.class_names else {}
+        folder = resolve_folder(config.tokenizer)
+        tokenizer = ChannelTokenizer.from_pretrained(folder)
+        store = create(
+            workers.is_main,
+            tokenizer_fingerprint=tokenizer.token_fingerprint(),
+            num_channels=tokenizer.config.num_channels,
+            num_bits=tokenizer.config.num_bits,
+            class_names=[str(names.get(name, name)) for name in sources["train"].classes],
+            views=config.views,
+            shard_size=config.shard_size,
+            split_files={split: len(source) for split, source in sources.items()},
+            listings={split: source.fingerprint() for split, source in sources.items()},
+        )
+        if workers.is_main and not store.tokenizer_folder.exists():
+            with folder_written_whole(store.tokenizer_folder) as temporary:
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copy(folder / name, temporary)
+        workers.wait()
+        move(tokenizer, workers.device)
+        unreadable = UnreadableFiles(config.strict)
+        # assigned before those that exist are skipped, so that the assignment does not depend on other processes
+        own = store.header.shards()[workers.index :: workers.count]
+        for split, shard in tqdm(own, unit="shard", disable=not workers.is_main):
+            if not store.has_shard(split, shard):
+                found = tokenize_files(
+                    tokenizer,
+                    sources[split],
+                    store.header.shard_files(split, shard),
+                    views=config.views if split == "train" else "none",
+                    batch_size=config.batch_size,
+                    num_workers=config.num_workers,
+                    unreadable=unreadable,
+                )
+                store.write_shard(split, shard, *found)
+        workers.wait()
+        if workers.is_main:
+            logger.info("%s: complete, %d unreadable files left out", config.output_dir, len(store.left_out()))
+
+
+def report(store: Any, content: list[str], problems: list[str]) -> None:
+    """Log what `generator.tokens.verify` found in a store, and whether its tokenizer is the one that made it.
+
+    Raises:
+        InputError: there are problems.
+    """
+    folder, expected = store.tokenizer_folder, store.header.tokenizer_fingerprint
+    try:
+        found = ChannelTokenizer.from_pretrained(folder).token_fingerprint()
+        if found != expected:
+            raise InputError(
+                f"{folder} is the tokenizer {found}, the store is of {expected}; restore the one that made it"
+            )
+    except InputError as error:
+        problems = [*problems, str(error)]
+    for line in content:
+        logger.info("%s", line)
+    for problem in problems:
+        logger.warning("%s", problem)
+    if problems:
+        raise InputError(
+            f"{store.folder}: problems found: {len(problems)}, reported above; extract again what they name"
+        )
+    logger.info("%s: no problem found", store.folder)

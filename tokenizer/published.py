@@ -1,31 +1,28 @@
 """What the paper published: the architectures of its tokenizers, and the key names of its public implementation."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError
+from common.config import InputError
 from tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def _paper_512() -> TokenizerConfig:
-    return TokenizerConfig(
-        num_channels=512,
-        num_bits=16,
-        encoder_widths=[192, 256, 384, 512, 640],
-        decoder_widths=[192, 256, 384, 512, 640],
-        encoder_attention_sizes=[32, 16, 8],
-        decoder_attention_sizes=[8, 16, 32],
-    )
-
-
-# 72,389,985 parameters: what the paper's generator draws with; and 159,305,603: the main tokenizer of its tables
-PUBLISHED_TOKENIZERS: dict[str, Callable[[], TokenizerConfig]] = {"paper-256": TokenizerConfig, "paper-512": _paper_512}
-
+PUBLISHED_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "paper-256": {},  # 72,389,985 parameters: what the paper's generator draws with
+    "paper-512": {  # 159,305,603 parameters: the main tokenizer of its tables
+        "num_channels": 512,
+        "num_bits": 16,
+        "encoder_widths": [192, 256, 384, 512, 640],
+        "decoder_widths": [192, 256, 384, 512, 640],
+        "encoder_attention_sizes": [32, 16, 8],
+        "decoder_attention_sizes": [8, 16, 32],
+    },
+}
+BIT_WEIGHTS = "quantizer.mask"  # a constant of theirs: what each bit of a token counts
+LAYER = re.compile(r"^((?:encoder|decoder)\.(?:trunk|shrink)\.)(\d+)\.")
 _RENAMES = [
     (r"^encoder\.model\.", "encoder.trunk."),
     (r"^encoder\.spatial_adjust\.", "encoder.shrink."),
@@ -43,9 +40,6 @@ _RENAMES = [
 ]
 
 
-BIT_WEIGHTS = "quantizer.mask"  # a constant of theirs: what each bit of a token counts
-
-
 def published_config(name: str) -> TokenizerConfig:
     """The architecture of a published tokenizer, by its name in `PUBLISHED_TOKENIZERS`.
 
@@ -54,32 +48,7 @@ def published_config(name: str) -> TokenizerConfig:
     """
     if name not in PUBLISHED_TOKENIZERS:
         raise InputError(f"tokenizer {name!r} is unknown; allowed: {', '.join(PUBLISHED_TOKENIZERS)}")
-    return PUBLISHED_TOKENIZERS[name]()
-
-
-def _check_bit_order(weights: "Tensor", path: str | Path) -> None:
-    expected = [2**i for i in reversed(range(len(weights)))]
-    if weights.tolist() != expected:
-        raise InputError(f"{path}: {BIT_WEIGHTS} is {weights.tolist()}; only first bit most significant is known")
-
-
-def _renumber(names: set[str]) -> dict[str, str]:
-    """Close the gaps in layer numbers: published Swish layers have a number but no weights of their own.
-
-    Ours keep the Swish inside `Downsample` and `Upsample`; only the one before the last convolution
-    counts as a layer, in both.
-    """
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        if match := re.match(r"^((?:encoder|decoder)\.(?:trunk|shrink)\.)(\d+)\.", name):
-            numbers.setdefault(match[1], set()).add(int(match[2]))
-    new: dict[str, str] = {}
-    for stem, found in numbers.items():
-        order = sorted(found)
-        for position, number in enumerate(order):
-            last = stem.endswith("trunk.") and position == len(order) - 1
-            new[f"{stem}{number}."] = f"{stem}{position + last}."
-    return new
+    return TokenizerConfig(**PUBLISHED_TOKENIZERS[name])
 
 
 def rename_published_keys(state: dict[str, "Tensor"], prefix: str, path: str | Path) -> dict[str, "Tensor"]:
@@ -91,17 +60,23 @@ def rename_published_keys(state: dict[str, "Tensor"], prefix: str, path: str | P
     for key, value in state.items():
         name = key.removeprefix(prefix)
         if name == BIT_WEIGHTS:
-            _check_bit_order(value, path)
+            if value.tolist() != [2**i for i in reversed(range(len(value)))]:
+                raise InputError(f"{path}: {name} is {value.tolist()}; only first bit most significant is known")
             continue
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
             raise InputError(f"{path}: {key!r} and another key both mean {name!r}; the file mixes two models")
         renamed[name] = value
-    numbers = _renumber(set(renamed))
+    layers: dict[str, set[int]] = {}
+    for match in filter(None, map(LAYER.match, renamed)):
+        layers.setdefault(match[1], set()).add(int(match[2]))
 
-    def number(name: str) -> str:
-        stem = re.match(r"^(?:encoder|decoder)\.(?:trunk|shrink)\.\d+\.", name)
-        return numbers[stem[0]] + name[stem.end() :] if stem else name
+    def renumber(match: re.Match[str]) -> str:
+        """Close gaps: published Swish layers have a number; of ours, only the one before the last convolution."""
+        order = sorted(layers[match[1]])
+        position = order.index(int(match[2]))
+        last = match[1].endswith("trunk.") and position == len(order) - 1
+        return f"{match[1]}{position + last}."
 
-    return {number(name): value for name, value in renamed.items()}
+    return {LAYER.sub(renumber, name): value for name, value in renamed.items()}

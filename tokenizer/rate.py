@@ -7,22 +7,19 @@ straight-through gradients; ChannelTok (arXiv 2606.04461) has no such term.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from common.bit_prior import BitPrior
+from common.bit_prior import BitPrior, token_bits
 from common.randomness import Stream
 from common.runtime import send
-from tokenizer.bsq import straight_through, unpack_bits
+from tokenizer.bsq import straight_through
 from tokenizer.config import evaluation_lengths
 from tokenizer.settings import RateConfig
-from training.model_state import AuxiliaryModel, call_frozen
+from training.model_state import call_frozen
 from training.schedule import Part
-
-PRIOR_BETAS = (0.9, 0.99)
 
 
 def rate_figures(nats: Tensor) -> dict[str, Tensor]:
@@ -45,23 +42,11 @@ def rate_weights(config: RateConfig, step: int, num_channels: int) -> Tensor:
 
 
 class RateTerm:
-    """Rate of a batch's bits: a loss for the tokenizer, and one for the prior.
-
-    Args:
-        config: weights and schedule.
-        num_channels: C.
-        num_bits: n, bits of a token.
-        num_classes: classes of the images.
-    """
+    """Rate of a batch's bits: a loss for the tokenizer, and one for the prior over C channels of n bits each."""
 
     def __init__(self, config: RateConfig, num_channels: int, num_bits: int, num_classes: int):
         self.config = config
         self.prior = BitPrior(num_channels, num_bits, num_classes)
-
-    def auxiliary_model(self) -> AuxiliaryModel:
-        """The prior, for `training.trainer.Trainer`."""
-        learning_rate = self.config.prior_learning_rate
-        return AuxiliaryModel(model=self.prior, learning_rate=learning_rate, betas=PRIOR_BETAS, follows_schedule=True)
 
     def losses(
         self, vectors: Tensor, keep: Tensor, class_labels: Tensor, part: Part
@@ -84,19 +69,19 @@ class RateTerm:
         nats: Tensor = call_frozen(self.prior, bits, labels)
         weights = send(rate_weights(self.config, part.step, nats.shape[1]), nats.device)
         rate = torch.where(keep, weights * nats, 0.0).sum() / keep.numel()
-        terms = {"rate": rate, **rate_figures(nats.detach())}
-        return terms, partial(self._prior_loss, bits=bits.detach(), labels=labels)
+
+        def prior_loss(prior: nn.Module) -> dict[str, Tensor]:
+            penalty = self.config.prior_l2_weight * self.prior.penalty()
+            return {"loss": prior(bits.detach(), labels).mean() + penalty}
+
+        return {"rate": rate, **rate_figures(nats.detach())}, prior_loss
 
     @torch.no_grad()
     def nats(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
         """Tokens (b c) and labels (b,), none of them dropped -> nats of each token (b c), float32, on the CPU."""
         device = self.prior.weight.device
-        bits = unpack_bits(tokens.to(device), self.prior.num_bits).sign()
-        nats: Tensor = self.prior(bits, class_labels.to(device))
+        nats: Tensor = self.prior(token_bits(tokens.to(device), self.prior.num_bits), class_labels.to(device))
         return nats.cpu()
-
-    def _prior_loss(self, prior: nn.Module, bits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": prior(bits, labels).mean() + self.config.prior_l2_weight * self.prior.penalty()}
 
 
 def bit_flips(num_channels: int, num_bits: int, bit_noise: float, part: Part, device: torch.device) -> Tensor:

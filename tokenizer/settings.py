@@ -3,8 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from common.config import Config, LoopConfig, ModelTrainingConfig, setting
-from common.errors import InputError
+from common.config import Config, InputError, LoopConfig, ModelTrainingConfig, setting
 
 CLASSIFIER_GROUPS = 8  # of the classifier's GroupNorms
 
@@ -58,14 +57,9 @@ class TokenizerLossConfig(Config):
 
     l1_weight: float = setting(0.25, "weight of the absolute error", ge=0)
     l2_weight: float = setting(0.0, "weight of the squared error", ge=0)
-    perceptual: Literal["lpips", "features", "none"] = setting(
-        "lpips",
-        "perceptual distance: lpips; features (of the classifier that `benchmark.py features` trains, where VGG's "
-        "weights cannot be had); or none",
-    )
+    perceptual: Literal["lpips", "none"] = setting("lpips", "perceptual distance; lpips needs VGG's weights")
     perceptual_weights: str | None = setting(
-        None,
-        "file of torchvision's VGG-16 (vgg16-397923af.pth; default: torchvision downloads it), or of the classifier",
+        None, "file of torchvision's VGG-16 (vgg16-397923af.pth); default: torchvision downloads it"
     )
     lpips_weight: float = setting(1.0, "weight of the perceptual distance", ge=0)
     entropy_weight: float = setting(0.1, "weight of both entropy terms", ge=0)
@@ -78,8 +72,6 @@ class TokenizerLossConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.perceptual == "features" and self.perceptual_weights is None:
-            raise InputError("perceptual is features, but no classifier is given; give its file as perceptual_weights")
         if self.perceptual == "none" and self.perceptual_weights is not None:
             raise InputError("perceptual is none, and perceptual_weights names a file; give one or the other")
         if self.l1_weight + self.l2_weight == 0:
@@ -88,17 +80,10 @@ class TokenizerLossConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TailDropConfig(Config):
-    """Number of channels that an image keeps in training.
-
-    With `mask_probability` an image keeps a random k of C channels, otherwise all of them. With f
-    uniform in [0, 1), k = 1 + floor(C g(f)), where g is f (uniform), f**2 (low: short prefixes more
-    often) or sqrt(f) (high: long ones more often). Every k from 1 to C can occur.
-    """
+    """Number of channels that an image keeps in training, see `tail_drop.draw_num_tokens`."""
 
     mask_probability: float = setting(0.5, "share of images that lose a tail, in [0, 1]", ge=0, le=1)
-    keep_distribution: Literal["uniform", "low", "high"] = setting(
-        "uniform", "which k are drawn more often: uniform, low or high"
-    )
+    keep_distribution: Literal["uniform", "low", "high"] = setting("uniform", "which k are drawn more often")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +91,6 @@ class GanConfig(Config):
     """Adversarial part of the tokenizer's training; gan_weight 0 omits it."""
 
     gan_weight: float = setting(0.0, "weight of the adversarial loss; 0 = no discriminator", ge=0)
-    gan_weighting: Literal["fixed", "adaptive"] = setting(
-        "fixed", "adaptive: times the ratio of the two losses' gradients at the decoder's last layer"
-    )
     gan_start_step: int = setting(0, "first step with the adversarial loss", ge=0)
     gan_learning_rate: float = setting(1e-4, "learning rate of the discriminator, constant", gt=0)
     gan_width: int = setting(64, "channels of the discriminator's first layer, a multiple of 32", ge=32)
@@ -139,9 +121,7 @@ class RateConfig(Config):
     """
 
     rate_weight: float = setting(
-        0.0,
-        "weight of the first channel's rate, per nat and token; 0 without late_rate_weight: no rate term",
-        ge=0,
+        0.0, "weight of the first channel's rate, per nat and token; 0 without late_rate_weight: no rate term", ge=0
     )
     late_rate_weight: float | None = setting(
         None, "weight of the last channel's rate, linear between; default: rate_weight", ge=0
@@ -151,13 +131,10 @@ class RateConfig(Config):
         1e-3, "peak learning rate of the prior; follows the tokenizer's schedule", gt=0
     )
     prior_l2_weight: float = setting(1e-5, "coefficient of the L2 penalty on the prior's weights", ge=0)
-    prior_label_dropout: float = setting(
-        0.1, "probability that the prior is given the null label, in [0, 1]", ge=0, le=1
-    )
+    prior_label_dropout: float = setting(0.1, "probability that the prior is given the null label", ge=0, le=1)
     bit_noise: float = setting(
         0.0,
-        "probability in [0, 0.5] that a bit of the last channel is flipped before the decoder; that of channel c of C "
-        "is c/C of it",
+        "probability that a bit of the last channel is flipped before the decoder; that of channel c of C is c/C of it",
         ge=0,
         le=0.5,
     )
@@ -192,9 +169,7 @@ class ExtractionConfig(Config):
         None, "JSON file that gives classes a readable name; default: names of the folders or of --dataset"
     )
     views: Literal["none", "flip", "ten-crop"] = setting(
-        "none",
-        "of train; flip: the mirror image as well; ten-crop: corners and middle of a larger image, and their mirror "
-        "images",
+        "none", "of train; flip adds mirror images; ten-crop: corners and middle of a larger image, and mirrored"
     )
     shard_size: int = setting(10_000, "images a shard", ge=1, le=10**8)
     batch_size: int = setting(64, "images a pass", ge=1, le=2**16)
@@ -217,7 +192,6 @@ class ClassifierTrainingConfig(LoopConfig):
     label_smoothing: float = setting(0.1, "share of a label that is spread over all classes", ge=0, lt=1)
     class_names: str | None = setting(None, "JSON file: class folder -> name; default: the folder's")
     strict: bool = setting(False, "stop at an unreadable image instead of skipping it")
-    compile: bool = setting(False, "compile the network with torch.compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +206,9 @@ class ClassifierConfig(Config):
         smallest = 2 ** len(self.widths)
         if not self.widths or any(width % CLASSIFIER_GROUPS for width in self.widths):
             raise InputError(f"widths is {self.widths}; give one or more multiples of {CLASSIFIER_GROUPS}")
-        if self.classifier_size % smallest:
-            raise InputError(f"classifier_size is {self.classifier_size}; it must be a multiple of {smallest}")
-        if self.classifier_size == smallest:  # GroupNorm would have a single place to take its mean over
-            raise InputError(f"classifier_size is {smallest}; with {len(self.widths)} widths it must be larger")
+        # GroupNorm needs more than a single place to take its mean over
+        if self.classifier_size % smallest or self.classifier_size == smallest:
+            raise InputError(
+                f"classifier_size is {self.classifier_size}; with {len(self.widths)} widths it must be a multiple of "
+                f"{smallest}, and larger"
+            )

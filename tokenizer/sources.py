@@ -1,7 +1,7 @@
-"""Image sources: a folder of files, or a data set of the Hugging Face `datasets` library, with one interface.
+"""Images of a split by index: a folder of files, or a data set that the library `datasets` opens.
 
-The training order is a function of (seed, epoch, position), so every source gives any image by its index;
-nothing is streamed. Images are given as files or bytes; `common.images` decodes them.
+The training order is a function of (seed, epoch, position), so nothing is streamed. `read` returns a file's path or its
+content; `common.images` decodes both.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder
 
-from common.errors import InputError
+from common.config import InputError
 from tokenizer.settings import DataConfig
 
 Split = Literal["train", "val"]
@@ -21,21 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 MAX_CLASSES = 1_000_000  # a column of integers beyond it does not hold classes
 
 
-class _Labelled:
-    """Images of one split, by index; name is that of the split, and classes has a name for each label."""
-
-    def __init__(self, name: str, labels: NDArray[np.int64], classes: list[str]):
-        self.name, self.classes, self._labels = name, classes, labels
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class of an image, in [0, len(classes))."""
-        return int(self._labels[index])
-
-
-class FolderSource(_Labelled):
+class FolderSource:
     """Image files in class folders, as listed by torchvision's `ImageFolder`.
 
     Raises:
@@ -43,21 +29,24 @@ class FolderSource(_Labelled):
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise InputError(f"{folder} is missing; data_dir must hold {folder.name}/<class>/<images>")
+        self.name = str(folder)
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder} is missing; data_dir must hold {Path(folder).name}/<class>/<images>")
         try:
-            listing = ImageFolder(str(folder))
+            listing = ImageFolder(self.name)
         except (FileNotFoundError, RuntimeError) as error:
             raise InputError(f"{folder}: {error}; each class folder needs at least one image") from error
-        # a link to a parent folder makes ImageFolder list the same folder many times
-        folders: dict[str, str] = {}
-        for name in sorted({str(Path(path).parent) for path, _ in listing.samples}, key=len):
-            folders.setdefault(os.path.realpath(name), name)
-        listed = set(folders.values())
+        # a link to a parent folder makes ImageFolder list the same folder many times; the shortest path is kept
+        folders = {str(Path(path).parent) for path, _ in listing.samples}
+        kept = {os.path.realpath(folder): folder for folder in sorted(folders, key=lambda name: (-len(name), name))}
+        listed = set(kept.values())
         samples = [(path, label) for path, label in listing.samples if str(Path(path).parent) in listed]
         self._paths: list[str] = [path for path, _ in samples]
-        super().__init__(str(folder), np.array([label for _, label in samples], dtype=np.int64), listing.classes)
+        self.labels = np.array([label for _, label in samples], dtype=np.int64)
+        self.classes: list[str] = listing.classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def image_name(self, index: int) -> str:
         """Path of the file, for messages."""
@@ -70,26 +59,28 @@ class FolderSource(_Labelled):
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits of the names, sizes and classes of the files, not of the folder's path."""
         digest = hashlib.sha256()
-        for path, label in zip(self._paths, self._labels.tolist(), strict=True):
+        for path, label in zip(self._paths, self.labels.tolist(), strict=True):
             # a file name need not be text
             digest.update(f"{Path(path).name} {_size(path)} {label};".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
 
-def _size(path: str) -> int:
+def _size(path: str | Path) -> int:
     try:
         return Path(path).stat().st_size
     except OSError:  # a broken link; it is reported when it is read
         return -1
 
 
-class DatasetSource(_Labelled):
+class DatasetSource:
     """One split of a data set; images is a `datasets.Dataset` with one column, of type Image(decode=False)."""
 
     def __init__(self, name: str, images: Any, labels: NDArray[np.int64], classes: list[str]):
-        super().__init__(name, labels, classes)
-        self._images = images
+        self.name, self.labels, self.classes, self._images = name, labels, classes, images
         (self._column,) = images.column_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def image_name(self, index: int) -> str:
         """Data set, split and row, for messages."""
@@ -109,9 +100,9 @@ class DatasetSource(_Labelled):
         sizes = pc.fill_null(pc.binary_length(column), -1).to_numpy().astype(np.int64)
         for index in np.flatnonzero(sizes < 0).tolist():
             found = self.read(index)
-            sizes[index] = _size(str(found)) if isinstance(found, Path) else 0
+            sizes[index] = _size(found) if isinstance(found, Path) else 0
         digest = hashlib.sha256(repr((self._column, len(self), self.classes)).encode())
-        digest.update(self._labels.tobytes() + sizes.tobytes())
+        digest.update(self.labels.tobytes() + sizes.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -126,15 +117,16 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
     """
     if config.dataset is None:
         return FolderSource(Path(str(config.data_dir)) / split)
-    splits = {"train": config.train_split, "val": config.val_split}
-    name, rows = f"{config.dataset}/{splits[split]}", _load(config, splits[split])
+    wanted, other = config.train_split, config.val_split
+    if split == "val":
+        wanted, other = other, wanted
+    name, rows = f"{config.dataset}/{wanted}", _load(config, wanted)
     images = _images(rows, config.image_column, name)
     column = config.label_column or next((column for column in ("label", "cls") if column in rows.features), None)
     if column is None:
         return DatasetSource(name, images, np.zeros(len(rows), dtype=np.int64), ["image"])
     labels, classes = _labels(rows, column, name)
     if not classes:  # plain integers: their number follows from both splits
-        other = splits["val" if split == "train" else "train"]
         others, _ = _labels(_load(config, other), column, f"{config.dataset}/{other}")
         classes = [str(i) for i in range(1 + max(int(labels.max()), int(others.max())))]
     return DatasetSource(name, images, labels, classes)
@@ -162,17 +154,16 @@ def _images(rows: Any, wanted: str | None, name: str) -> Any:
     """The column of images alone, not decoded; bytes, and structs of bytes and path, are images as well."""
     from datasets import Image
 
-    columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in rows.features.items())
     found = [c for c, kind in rows.features.items() if c == wanted or (wanted is None and isinstance(kind, Image))]
-    if len(found) != 1:
-        kind = f"named {wanted!r}" if wanted else "of type Image"
-        raise InputError(
-            f"{name} has {len(found) or 'no'} columns {kind}; choose one with --image-column; columns: {columns}"
-        )
     try:
-        return rows.select_columns(found).cast_column(found[0], Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:  # among them those of pyarrow
-        raise InputError(f"{name}: column {found[0]!r} holds no images; columns: {columns}") from error
+        (column,) = found
+        return rows.select_columns(found).cast_column(column, Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # ValueError if there is not one column
+        kind = f"named {wanted!r}" if wanted else "of type Image"
+        columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in rows.features.items())
+        raise InputError(
+            f"{name} needs one column {kind} that holds images; choose it with --image-column; columns: {columns}"
+        ) from error
 
 
 def _labels(rows: Any, column: str, name: str) -> tuple[NDArray[np.int64], list[str]]:
@@ -186,12 +177,11 @@ def _labels(rows: Any, column: str, name: str) -> tuple[NDArray[np.int64], list[
     # an unsigned number too large to be a class becomes negative here, and so does a missing one
     values = rows.select_columns([column]).with_format("arrow")[:][column].cast("int64", safe=False)
     numbers: NDArray[np.int64] = values.fill_null(-1).to_numpy()
-    count = len(names) or MAX_CLASSES
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= count))
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= (len(names) or MAX_CLASSES)))
     if len(wrong):
         raise InputError(
             f"{name}: {len(wrong)} rows have no class in column {column!r}, the first is row {wrong[0]}; allowed are "
-            f"0..{count - 1}; choose another split, or another --label-column"
+            f"0..{(len(names) or MAX_CLASSES) - 1}; choose another split, or another --label-column"
         )
     return numbers, names
 

@@ -1,6 +1,5 @@
 """`ChannelTokenizer`: images to tokens and any prefix of tokens back to whole images."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -9,54 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import SavedModel, fingerprint, load_foreign_state
-from common.errors import InputError
+from common.config import InputError
 from tokenizer.autoencoder import Decoder, Encoder
-from tokenizer.bsq import (
-    BinarySphericalQuantizer,
-    pack_bits,
-    signs_to_codes,
-    straight_through,
-    unpack_bits,
-)
+from tokenizer.bsq import BinarySphericalQuantizer, pack_bits, signs_to_codes, straight_through, unpack_bits
 from tokenizer.config import TokenizerConfig
 from tokenizer.published import rename_published_keys
 from tokenizer.tail_drop import drop_tail, prefix_mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOutput:
-    """What a training step sees: images (b 3 H W) in [-1, 1] and vectors (b c n), unquantized, on the unit sphere."""
-
-    images: Tensor
-    vectors: Tensor
-
-
-def swap_channels(first: Tensor, second: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Exchange channels start..end-1 between the tokens of two images, or of two batches, row by row.
-
-    Any tokens are a picture, so what comes out can be decoded: it shows what a range of channels carries.
-
-    Args:
-        first: tokens (b k).
-        second: tokens (b k), of the same shape.
-        start: the first channel that is exchanged, 0 <= start < end.
-        end: the channel at which the exchange ends, not itself exchanged, end <= k.
-
-    Returns:
-        Both with the exchange made, (b k) each; the arguments are not changed.
-
-    Raises:
-        InputError: shapes that differ or are not (b k), or a range outside 0..k.
-    """
-    if first.ndim != 2 or first.shape != second.shape:
-        raise InputError(f"tokens are {tuple(first.shape)} and {tuple(second.shape)}; both must be (b, k), alike")
-    if not 0 <= start < end <= first.shape[1]:
-        raise InputError(
-            f"channels {start}..{end} cannot be exchanged; give 0 <= start < end <= {first.shape[1]} (end excluded)"
-        )
-    channel = torch.arange(first.shape[1], device=first.device)
-    swapped = (channel >= start) & (channel < end)
-    return torch.where(swapped, second, first), torch.where(swapped, first, second)
 
 
 class ChannelTokenizer(SavedModel):
@@ -76,18 +33,21 @@ class ChannelTokenizer(SavedModel):
         self.quantizer = BinarySphericalQuantizer(config.latent_size, config.num_bits)
         self.decoder = Decoder(config)
 
-    def forward(self, images: Tensor, keep: Tensor, flips: Tensor | None = None) -> TrainingOutput:
+    def forward(self, images: Tensor, keep: Tensor, flips: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruct through the quantizer with gradients, channels outside `keep` dropped.
 
         Args:
             images: (b 3 H W) in [-1, 1].
             keep: (b c) bool, from `tail_drop.prefix_mask`.
             flips: (b c n), multiplied with the codes before decoding, so -1 flips a bit; None for no flips.
+
+        Returns:
+            images (b 3 H W) in [-1, 1], and vectors (b c n) on the unit sphere, not quantized.
         """
         vectors = self.quantizer.to_sphere(self.encode(images))
         codes = straight_through(vectors)
         quantized = self.quantizer.to_latents(codes if flips is None else codes * flips)
-        return TrainingOutput(images=self.decode(drop_tail(quantized, keep)), vectors=vectors)
+        return self.decode(drop_tail(quantized, keep)), vectors
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (b 3 H W) in [-1, 1] -> latents (b c h w), before quantization."""
@@ -115,10 +75,7 @@ class ChannelTokenizer(SavedModel):
         return nn.ModuleDict({"encoder": self.encoder, "project_in": self.quantizer.project_in})
 
     def token_fingerprint(self) -> str:
-        """Hash of the weights that determine tokens: 16 hexadecimal digits.
-
-        Those of the reader's weights: a decoder that is trained further draws the same tokens better.
-        """
+        """Hash of the reader's weights, which determine tokens: 16 hexadecimal digits."""
         return fingerprint(self.reader)
 
     def lookup(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
@@ -179,15 +136,9 @@ class ChannelTokenizer(SavedModel):
         """
         model = cls(config)
         state = rename_published_keys(load_foreign_state(path, state_key), prefix, path)
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
-            name = wrong[0]
-            raise InputError(
-                f"{path} does not fit the configuration: {len(wrong)} weights differ, first {name} "
-                f"(file: {found.get(name, 'absent')}, model: {expected.get(name, 'absent')}); "
-                "give the configuration that it was trained with"
-            )
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(f"{path} does not fit the configuration that is given for it ({reason})") from error
         return model.eval()

@@ -1,23 +1,25 @@
 """Training of the tokenizer: images in, a folder with the averaged model out."""
 
-import copy
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.config import InputError
 from common.files import read_json
 from common.images import captioned_table, save_png, to_float, to_pil, to_uint8
-from common.runtime import move, pick_dtype
+from common.runtime import pick_dtype, send
 from tokenizer.config import TokenizerConfig, evaluation_lengths
 from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, spread
+from tokenizer.losses import PatchDiscriminator, discriminator_loss, tokenizer_loss
 from tokenizer.metrics import psnr_by_length
-from tokenizer.objective import TokenizerObjective
-from tokenizer.rate import RateTerm, rate_figures
+from tokenizer.perceptual import PerceptualDistance
+from tokenizer.rate import RateTerm, bit_flips, rate_figures
 from tokenizer.settings import (
     AugmentationConfig,
     DataConfig,
@@ -28,44 +30,18 @@ from tokenizer.settings import (
     TokenizerTrainingConfig,
 )
 from tokenizer.sources import check_same_classes, open_source
+from tokenizer.tail_drop import draw_num_tokens, prefix_mask
 from tokenizer.tokenizer import ChannelTokenizer
 from training.images import ImageTrainer, LabelledImages
-from training.model_state import StepLoss
+from training.model_state import AuxiliaryModel, StepLoss, call_frozen
 from training.schedule import Part
 
 logger = logging.getLogger(__name__)
 PICTURE_ROWS = 8
 EVALUATION_BATCH = 64
-
-
-def start_from(init_from: str, size: TokenizerConfig) -> ChannelTokenizer:
-    """A trained tokenizer.
-
-    Args:
-        init_from: a folder that `train_tokenizer.py` wrote, or a name on the Hugging Face hub.
-        size: as the user gave it; must be the tokenizer's own, or the default.
-
-    Raises:
-        InputError: a tokenizer that cannot be read, or of another size than requested.
-    """
-    model = ChannelTokenizer.from_pretrained(init_from)
-    given, found, default = (asdict(config) for config in (size, model.config, TokenizerConfig()))
-    if given not in (found, default):
-        different = [name for name in found if given[name] != found[name]]
-        # what the user gave, and not what was left at its default
-        wrong = next((name for name in different if given[name] != default[name]), different[0])
-        raise InputError(f"{wrong} is {given[wrong]}, but init_from {init_from} has {found[wrong]}; omit the size")
-    return model
-
-
-def check_tokens_stay(tokenizer: ChannelTokenizer, training: TokenizerTrainingConfig) -> None:
-    """Refuse to round an encoder whose tokens are to be kept."""
-    saved = move(move(copy.deepcopy(tokenizer), dtype=pick_dtype(training.save_dtype)), dtype=torch.float32)
-    if saved.token_fingerprint() != tokenizer.token_fingerprint():
-        raise InputError(
-            f"frozen_encoder keeps the tokens of {training.init_from}, and save_dtype {training.save_dtype} would "
-            "round its encoder; take float32"
-        )
+DISCRIMINATOR, PRIOR = "discriminator", "prior"  # names of the auxiliary models in checkpoints and logs
+DISCRIMINATOR_BETAS = (0.5, 0.9)  # as Esser et al. (arXiv 2012.09841)
+PRIOR_BETAS = (0.9, 0.99)
 
 
 def reconstruction_sheet(tokenizer: ChannelTokenizer, images: Tensor, path: Path) -> None:
@@ -87,27 +63,24 @@ def open_images(
     names_file: str | None = None,
     same_classes: bool = True,
 ) -> LabelledImages:
-    """Open train and val of a data set for a trainer.
+    """Open train and val of a data set for a trainer; seed and augmentation are of train.
 
     Args:
         data: where the images are.
-        augmentation: of the training images.
+        augmentation: random changes of the images.
         image_size: pixels of a side.
-        seed: of the augmentation.
+        seed: of these changes.
         strict: refuse unreadable images instead of skipping them.
         names_file: JSON file, class folder -> name for people.
         same_classes: refuse splits with different classes.
-
-    Raises:
-        InputError: data that cannot be used.
     """
     train, val = open_source(data, "train"), open_source(data, "val")
     if same_classes:
         check_same_classes(train, val)
     names = read_json(names_file) if names_file else {}
     return LabelledImages(
-        train=ImageDataset(train, image_size, augmentation=augmentation, seed=seed, replace_unreadable=True),
-        val=ImageDataset(val, image_size, augmentation=None, seed=seed, replace_unreadable=False),
+        train=ImageDataset(train, image_size, augmentation, seed=seed, replace_unreadable=True),
+        val=ImageDataset(val, image_size),
         class_names=[str(names.get(name, name)) for name in train.classes],
         collate=collate,
         unreadable=UnreadableFiles(strict),
@@ -135,8 +108,9 @@ class TokenizerTrainer(ImageTrainer):
         gan: GanConfig,
         rate: RateConfig,
     ):
-        super().__init__(training, compiles=training.compile)
-        self.training = training
+        super().__init__(training)
+        self.training, self.loss_config, self.tail_drop, self.gan = training, loss_config, tail_drop, gan
+        self.bit_noise = rate.bit_noise
         model = self._model(model_config, rate)
         self.model_config = model.config
         gan.check_image_size(model.config.image_size)
@@ -146,14 +120,23 @@ class TokenizerTrainer(ImageTrainer):
         )  # fmt: skip
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         nn.Module.to(model, memory_format=self.memory_format)
+        self.perceptual: PerceptualDistance | None = None
+        if loss_config.perceptual == "lpips":
+            self.perceptual = PerceptualDistance(loss_config.perceptual_weights).to(self.device)
+        auxiliary: dict[str, AuxiliaryModel] = {}
+        if gan.gan_weight > 0:
+            discriminator = PatchDiscriminator(gan).to(memory_format=self.memory_format)
+            auxiliary[DISCRIMINATOR] = AuxiliaryModel(
+                model=discriminator, learning_rate=gan.gan_learning_rate, betas=DISCRIMINATOR_BETAS
+            )
         self.rate_term: RateTerm | None = None
         if rate.has_rate:
-            classes = len(self.images.class_names)
-            self.rate_term = RateTerm(rate, model.config.num_channels, model.config.num_bits, classes)
-        self.objective = TokenizerObjective(loss_config, tail_drop, gan, rate.bit_noise, self.rate_term, self.device)
-        if training.compile and gan.gan_weighting == "adaptive":
-            # the adaptive weight runs the compiled backward pass twice, which must then not reuse its buffers
-            torch._functorch.config.donated_buffer = False  # noqa: SLF001
+            channels, bits = model.config.num_channels, model.config.num_bits
+            self.rate_term = RateTerm(rate, channels, bits, len(self.images.class_names))
+            peak = rate.prior_learning_rate
+            auxiliary[PRIOR] = AuxiliaryModel(
+                model=self.rate_term.prior, learning_rate=peak, betas=PRIOR_BETAS, follows_schedule=True
+            )
         identity = {
             "model": asdict(model.config),
             "loss": {name: value for name, value in asdict(loss_config).items() if name != "perceptual_weights"},
@@ -163,29 +146,60 @@ class TokenizerTrainer(ImageTrainer):
             "augmentation": asdict(augmentation),
             "images": self.images.train.source.fingerprint(),
         }
-        self.prepare(model, identity, self.objective.auxiliary_models(self.memory_format))
+        self.prepare(model, identity, auxiliary)
 
     def _model(self, config: TokenizerConfig, rate: RateConfig) -> ChannelTokenizer:
-        """A new model, or the one of init_from."""
-        training = self.training
-        model = ChannelTokenizer(config) if training.init_from is None else start_from(training.init_from, config)
-        if training.frozen_encoder:
-            check_tokens_stay(model, training)
-            if rate.has_rate:
-                raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; omit rate_weight")
+        """A new model, or that of init_from, whose size must not be given or be the same."""
+        training, dtype = self.training, pick_dtype(self.training.save_dtype)
+        if training.init_from is None:
+            return ChannelTokenizer(config)
+        model = ChannelTokenizer.from_pretrained(training.init_from)
+        given, found, default = (asdict(size) for size in (config, model.config, TokenizerConfig()))
+        if given not in (found, default):
+            different = [name for name in given if given[name] != found[name]]
+            wrong = min(different, key=lambda name: given[name] == default[name])  # first those that were given
+            raise InputError(
+                f"{wrong} is {given[wrong]}, but init_from {training.init_from} has {found[wrong]}; omit the size"
+            )
+        if training.frozen_encoder and any(
+            bool((value != value.to(dtype)).any()) for value in model.reader.parameters()
+        ):
+            raise InputError(
+                f"frozen_encoder keeps the tokens of {training.init_from}, and save_dtype {training.save_dtype} would "
+                "round its encoder; take float32"
+            )
+        if training.frozen_encoder and rate.has_rate:
+            raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; omit rate_weight")
         model.reader.requires_grad_(not training.frozen_encoder)
         return model
 
     def loss(self, model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:
         """Losses of a micro-batch."""
         images, labels = self.to_device(batch)
-        return self.objective(self, model, images.contiguous(memory_format=self.memory_format), labels, part)
+        images = images.contiguous(memory_format=self.memory_format)
+        channels, bits = self.model_config.num_channels, self.model_config.num_bits
+        lengths = draw_num_tokens(part.batch_size, channels, self.tail_drop, part.rng())
+        keep = send(prefix_mask(lengths[list(part.rows)], channels), self.device)
+        flips = bit_flips(channels, bits, self.bit_noise, part, self.device) if self.bit_noise > 0 else None
+        reconstructed, vectors = model(images, keep, flips)
+        terms = tokenizer_loss(
+            reconstructed, images, vectors, keep, self.loss_config, self.perceptual, self.sum_over_processes
+        )
+        losses: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {}
+        if DISCRIMINATOR in self.auxiliary and part.step >= self.gan.gan_start_step:
+            terms["adversarial"] = -call_frozen(self.auxiliary[DISCRIMINATOR].bare, reconstructed).float().mean()
+            terms["loss"] = terms["loss"] + self.gan.gan_weight * terms["adversarial"]
+            losses[DISCRIMINATOR] = partial(discriminator_loss, images=images, reconstructed=reconstructed)
+        if self.rate_term is not None:
+            rate, losses[PRIOR] = self.rate_term.losses(vectors, keep, labels, part)
+            terms |= rate
+            terms["loss"] = terms["loss"] + rate["rate"]
+        return StepLoss(terms=terms, auxiliary=losses)
 
     def evaluate(self, averaged: ChannelTokenizer, step: int) -> dict[str, Any]:
         """PSNR and rate on validation images, and a picture."""
         count = min(self.training.validation_images, len(self.images.val))
-        pictured = spread(count, PICTURE_ROWS)
-        lengths = evaluation_lengths(self.model_config.num_channels)
+        pictured, lengths = spread(count, PICTURE_ROWS), evaluation_lengths(self.model_config.num_channels)
         found: dict[int, list[Tensor]] = {k: [] for k in lengths}
         nats: list[Tensor] = []
         shown: list[Tensor] = []

@@ -11,17 +11,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.config import LoopConfig
-from common.errors import InputError
+from common.config import InputError, LoopConfig
 from common.runtime import has_fast_bfloat16, pick_device
 
 
 def make_accelerator(config: LoopConfig, *, can_shard: bool = False) -> Accelerator:
     """The accelerator that `accelerate launch` or a plain start describes; seeds the global generators.
 
-    Args:
-        config: the shared settings.
-        can_shard: whether FSDP may be used, which shards weights, gradients and moments over the processes.
+    With `can_shard` it may be set up for FSDP, which shards weights, gradients and moments over the processes.
 
     Raises:
         InputError: a tracker that is not installed, or settings of a launcher that are not supported.
@@ -82,14 +79,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, known to all processes, into one that may be sharded.
-
-    Raises:
-        InputError: another shape, which would be broadcast.
-    """
+    """Copy a whole tensor, known to all processes, into one that may be sharded; of the same shape, or `InputError`."""
     if target.shape != source.shape:
-        shapes = tuple(source.shape), tuple(target.shape)
-        raise InputError(f"the checkpoint is damaged: it has a tensor of shape {shapes[0]} in place of {shapes[1]}")
+        raise InputError(
+            f"the checkpoint is damaged: a tensor of shape {[*source.shape]} in place of {[*target.shape]}"
+        )
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)

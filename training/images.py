@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.config import InputError
 from common.images import to_float
 from training.trainer import Trainer
 
@@ -39,38 +38,30 @@ class ImageTrainer(Trainer):
 
     images: LabelledImages
 
-    def batches(self) -> DataLoader[Any]:
-        """The remaining micro-batches of training."""
-        return self.train_loader(self.images.train, self.images.collate)
+    def data(self) -> tuple[Any, Any, Callable[[Any], Any]]:
+        """Images to train on and held-out ones, and the function that makes a batch."""
+        return self.images.train, self.images.val, self.images.collate
 
     def to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images (b 3 H W) in [-1, 1] and labels (b,) of a batch.
-
-        Raises:
-            InputError: no image can be read, or with --strict one cannot.
-        """
+        """Images (b 3 H W) in [-1, 1] and labels (b,) of a batch; an `InputError` if none can be read."""
         self.images.unreadable.note(batch)
-        if not len(batch.images):
-            raise InputError(f"no image of {self.images.train.source.name} can be read; see the lines above")
+        self._check_some(len(batch.images), self.images.train)
         images = to_float(batch.images.to(self.device, non_blocking=True))
         return images, batch.labels.to(self.device, non_blocking=True)
 
     def held_batches(self, count: int, size: int) -> Iterator[Any]:
-        """At most `count` validation images in batches of at most `size`, without the unreadable ones.
-
-        Raises:
-            InputError: none can be read, or with --strict one cannot.
-        """
-        found = False
-        for batch in tqdm(
-            self.held_loader(self.images.val, count, size, self.images.collate), desc="evaluation", delay=2, leave=False
-        ):
+        """At most `count` validation images in batches of `size`; an `InputError` if none can be read."""
+        found, loader = 0, self.held_loader(count, size, self.config.num_workers)
+        for batch in tqdm(loader, desc="evaluation", delay=2, leave=False):
             self.images.unreadable.note(batch)
+            found += len(batch.images)
             if len(batch.images):
-                found = True
                 yield batch
-        if not found:
-            raise InputError(f"no image of {self.images.val.source.name} can be read; see the lines above")
+        self._check_some(found, self.images.val)
+
+    def _check_some(self, count: int, data: Any) -> None:
+        if not count:
+            raise InputError(f"no image of {data.source.name} can be read; see the lines above")
 
     def run(self) -> None:
         """Train, then report how many images were unreadable."""

@@ -10,19 +10,14 @@ from torch import Tensor, nn
 
 from training.distributed import copy_into, own_part, whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides the number of its steps
 State = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryModel:
-    """A model that is trained alongside the main one with a separate loss, for example a GAN's discriminator.
+    """A model that is trained in place with a loss of its own and AdamW without weight decay, such as a discriminator.
 
-    Attributes:
-        model: trained in place.
-        learning_rate: of AdamW, without weight decay.
-        betas: of AdamW.
-        follows_schedule: scale the learning rate as the main model's schedule does; otherwise it is constant.
+    With `follows_schedule` its learning rate is scaled as the main model's schedule does; otherwise it is constant.
     """
 
     model: nn.Module
@@ -75,14 +70,7 @@ def make_optimizer(
 
 
 class ModelState:
-    """A model with its optimizer, and the names under which a checkpoint keeps them.
-
-    Args:
-        prefix: of every name.
-        model: `self.bare`; `self.model` is what accelerate wraps around it.
-        optimizer: of all its parameters.
-        accelerator: from `make_accelerator`.
-    """
+    """A model (`bare`; `model` is what accelerate wraps around it) and its optimizer; names in files have `prefix`."""
 
     def __init__(self, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator):
         self.prefix = prefix
@@ -109,7 +97,7 @@ class ModelState:
             stem = f"{self.prefix}optimizer.{name}."
             if f"{stem}step" in state:
                 # fused AdamW needs moments with the parameter's memory layout
-                moments = {key: torch.empty_like(parameter) for key in MOMENTS}
+                moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 for key, value in moments.items():
                     copy_into(value, state[stem + key])
                 self.optimizer.state[parameter] = {"step": state[f"{stem}step"].to(parameter.device), **moments}
@@ -119,23 +107,17 @@ class EMA:
     """The exponential moving average of a model's weights; sharded if these are.
 
     Args:
-        averaged: a copy of the model for the averaged weights; None where nothing is evaluated.
+        averaged: a copy of the model that `model` fills; None where nothing is evaluated.
         bare: the model under training.
         decay: the average's own share of itself at every update; 0 = always the last weights.
-        sharded: keep the average apart from `averaged`, which `model` fills.
     """
 
-    def __init__(self, averaged: nn.Module | None, bare: nn.Module, decay: float, *, sharded: bool):
-        self.averaged, self.decay, self.sharded = averaged, decay, sharded
-        self.updates = 0
+    def __init__(self, averaged: nn.Module | None, bare: nn.Module, decay: float):
+        self.averaged, self.decay, self.updates = averaged, decay, 0
         self._parameters = dict(bare.named_parameters())
-        self.device = own_part(next(iter(self._parameters.values()))).device
+        self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         if averaged is not None:
             averaged.requires_grad_(False).eval()
-        if sharded or averaged is None:
-            self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        else:
-            self.weights = dict(averaged.to(self.device).named_parameters())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -143,24 +125,24 @@ class EMA:
         # a young average follows quickly, so that early evaluations do not show the initial weights
         count = self.updates
         share = 1.0 if count == 0 else 1 - min(self.decay, (1 + count) / (10 + count))
-        weights = [own_part(self.weights[name]) for name in self._parameters]
+        weights = [own_part(weight) for weight in self.weights.values()]
         torch._foreach_lerp_(weights, [own_part(parameter) for parameter in self._parameters.values()], share)
         self.updates += 1
 
     @torch.no_grad()
     def model(self) -> Any:
-        """The averaged model, on the device; all processes must call. None in processes without a copy."""
-        if self.sharded:
-            places = {} if self.averaged is None else dict(self.averaged.to(self.device).named_parameters())
-            for name, value in self.weights.items():
-                full = whole(value)
-                if places:
-                    places[name].copy_(full)
+        """The averaged model, on the device; all processes with an average must call."""
+        device = next(iter(self.weights.values())).device
+        places = {} if self.averaged is None else dict(self.averaged.to(device).named_parameters())
+        for name, weight in self.weights.items():
+            full = whole(weight)
+            if places:
+                places[name].copy_(full)
         return self.averaged
 
     def release(self) -> None:
         """Free the device memory that `model` took."""
-        if self.sharded and self.averaged is not None:
+        if self.averaged is not None:
             self.averaged.to("cpu")
 
     def state(self) -> State:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from common.config import LoopConfig
-from common.errors import InputError
+from common.config import InputError, LoopConfig
 from common.randomness import Stream, generator_for
 
 
@@ -53,35 +52,24 @@ class Part:
 
 
 def split_batch(config: LoopConfig, rank: int, world_size: int) -> list[range]:
-    """Rows of each micro-batch of a process: every `world_size`-th row of the step's batch, from `rank` on.
-
-    Raises:
-        InputError: a batch that does not divide among the processes, or their shares into micro-batches.
-    """
+    """Rows of each micro-batch of a process: every `world_size`-th row of the step's batch, from `rank` on."""
     share, rest = divmod(config.batch_size, world_size)
-    if rest:
-        raise InputError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
     micro = min(config.micro_batch_size or share, share)
-    if share % micro:
+    if rest or share % (micro or 1):
         raise InputError(
-            f"micro_batch_size {micro} does not divide the {share} images of a process "
-            f"(batch_size {config.batch_size}, {world_size} processes)"
+            f"batch_size {config.batch_size} does not divide among {world_size} processes, or their shares into "
+            f"micro_batch_size {micro}"
         )
     rows = range(rank, config.batch_size, world_size)
     return [rows[start : start + micro] for start in range(0, share, micro)]
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """This process's micro-batches of all remaining steps, as lists of (index, epoch).
+    """This process's micro-batches of all steps from `first_step` on, as lists of (index, epoch).
 
-    The permutations of all epochs, one after the other, are cut into steps of `batch_size` rows. So the order depends
-    on (seed, epoch, position) only: not on the number of processes, nor on the step at which a run was resumed.
-
-    Args:
-        length: entries of the data set.
-        config: the shared settings.
-        parts: rows of each micro-batch, from `split_batch`.
-        first_step: where to begin.
+    The permutations of all epochs, one after the other, are cut into steps of `batch_size` rows, of which `parts` from
+    `split_batch` are the micro-batches. So the order depends on (seed, epoch, position) only: not on the number of
+    processes, nor on the step at which a run was resumed.
     """
 
     def __init__(self, length: int, config: LoopConfig, parts: list[range], first_step: int):

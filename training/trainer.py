@@ -3,9 +3,8 @@
 import copy
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -22,12 +21,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import runtime
-from common.config import LoopConfig
-from common.errors import InputError
+from common.config import InputError, LoopConfig
 from common.files import exclusive_folder
 from common.randomness import Stream, generator_for
-from training.card import CARD, write_card
-from training.checkpoints import MAY_CHANGE, Checkpoints, RunLog
+from training.checkpoints import CARD, MAY_CHANGE, Checkpoints, RunLog, write_card
 from training.distributed import make_accelerator, whole
 from training.model_state import EMA, AuxiliaryModel, ModelState, StepLoss, make_optimizer
 from training.schedule import Part, StepSampler, learning_rate_at, split_batch
@@ -41,31 +38,24 @@ BEFORE_CHECKPOINTS = {".lock", CARD, "log.jsonl", "refined", "reconstructions", 
 class Trainer:
     """A training run.
 
-    A subclass calls `prepare` at the end of its `__init__` and implements `batches`, `loss`, `evaluate` and `export`;
+    A subclass calls `prepare` at the end of its `__init__` and implements `data`, `loss`, `evaluate` and `export`;
     `run` then trains to the last step.
-
-    Args:
-        config: the shared settings.
-        compiles: whether `prepare` compiles the model.
-        can_shard: see `make_accelerator`.
 
     Raises:
         InputError: settings that cannot be used, a folder that is not empty without `resume`, or another writer of it.
     """
 
-    def __init__(self, config: LoopConfig, *, compiles: bool, can_shard: bool = False):
-        self.config, self.compiles = config, compiles
+    def __init__(self, config: LoopConfig, *, can_shard: bool = False):
+        self.config = config
         self.output_dir = Path(config.output_dir)
         self.checkpoints = Checkpoints(config.output_dir, config.keep_checkpoints)
         if not config.resume and any(path.name not in BEFORE_CHECKPOINTS for path in self.output_dir.glob("*")):
-            raise InputError(
-                f"{config.output_dir} is not empty; add --resume to continue from a checkpoint, or remove it"
-            )
+            raise InputError(f"{config.output_dir} is not empty; add --resume to continue, or choose another folder")
         self.log = RunLog(config.output_dir)
         self.accelerator = make_accelerator(config, can_shard=can_shard)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self._held = ExitStack()  # the output folder, in the main process
-        if compiles:
+        if config.compile:
             runtime.check_can_compile(self.device)
         # on the CPU, so that no process waits for a GPU; the main process may evaluate or save for hours
         several = self.accelerator.num_processes > 1
@@ -87,26 +77,24 @@ class Trainer:
             rate_scales: of the main model's optimizer, see `make_optimizer`.
         """
         config, accelerator = self.config, self.accelerator
-        self.settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
+        self.settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | identity
         self.step, self._saved = 0, -1
         self.parts = split_batch(config, accelerator.process_index, accelerator.num_processes)
-        if self.compiles:
+        if config.compile:
             model.compile()
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
         averaged = copy.deepcopy(model) if self.is_main else None  # before it is wrapped or sharded
+        # in the main process, or in all if each has a shard; before `ModelState`, where accelerate changes the type
+        has_average = self.is_main or accelerator.distributed_type == DistributedType.FSDP
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         optimizer = make_optimizer(model, config.learning_rate, betas, decay, rate_scales or {})
         self.main = ModelState("", model, optimizer, accelerator)
         self.auxiliary: dict[str, ModelState] = {}
-        self._scheduled_rates: dict[str, float] = {}  # peak learning rates of those that follow the schedule
         for name, extra in (auxiliary or {}).items():
             optimizer = make_optimizer(extra.model, extra.learning_rate, extra.betas, 0.0, {})
             self.auxiliary[name] = ModelState(f"{name}.", extra.model, optimizer, accelerator)
-            if extra.follows_schedule:
-                self._scheduled_rates[name] = extra.learning_rate
-        self.average: EMA | None = None  # in the main process, or in all if each has a shard
-        if averaged is not None or self.sharded:
-            self.average = EMA(averaged, self.main.bare, config.ema_decay, sharded=self.sharded)
+        # peak learning rates of those that follow the schedule
+        self._peaks = {k: extra.learning_rate for k, extra in (auxiliary or {}).items() if extra.follows_schedule}
+        self.average = EMA(averaged, self.main.bare, config.ema_decay) if has_average else None
         averages = [self.average] if self.average else []
         self._states: list[ModelState | EMA] = [self.main, *averages, *self.auxiliary.values()]
         # true while all losses and gradients have been finite; stays on the device, so that no step waits for it
@@ -121,8 +109,8 @@ class Trainer:
             logger.info("resumed at step %d of %d", self.step, config.steps)
         self._reported = (self.step, time.perf_counter())
 
-    def batches(self) -> Iterable[Any]:
-        """The remaining micro-batches of training."""
+    def data(self) -> tuple[Any, Any, Callable[[Any], Any]]:
+        """Data sets to train on and held out, indexed by (index, epoch), and the function that makes a batch."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Any, part: Part) -> StepLoss:
@@ -144,25 +132,18 @@ class Trainer:
     def finish(self) -> None:
         """Run after the last step, in the main process."""
 
-    def train_loader(self, data: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
-        """The remaining micro-batches of a data set that is indexed by (index, epoch)."""
-        return self._loader(data, StepSampler(len(data), self.config, self.parts, self.step), collate)
+    def held_loader(self, count: int, size: int, num_workers: int) -> DataLoader[Any]:
+        """At most `count` evenly spaced entries of the held-out data, always the same, in batches of `size`."""
+        _, held, collate = self.data()
+        count = min(count, len(held))
+        chosen = [(i * len(held) // count, 0) for i in range(count)]
+        return self._loader(held, [chosen[i : i + size] for i in range(0, count, size)], collate, num_workers)
 
-    def held_loader(
-        self, data: Any, count: int, size: int, collate: Callable[[Any], Any], num_workers: int | None = None
-    ) -> DataLoader[Any]:
-        """At most `count` evenly spaced entries of a validation set, always the same, in batches of `size`."""
-        count = min(count, len(data))
-        chosen = [(i * len(data) // count, 0) for i in range(count)]
-        return self._loader(data, [chosen[i : i + size] for i in range(0, count, size)], collate, num_workers)
-
-    def _loader(
-        self, data: Any, batches: Any, collate: Callable[[Any], Any], num_workers: int | None = None
-    ) -> DataLoader[Any]:
+    def _loader(self, data: Any, batches: Any, collate: Callable[[Any], Any], num_workers: int) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_sampler=batches,
-            num_workers=self.config.num_workers if num_workers is None else num_workers,
+            num_workers=num_workers,
             worker_init_fn=runtime.leave_signals_to_the_trainer,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
@@ -175,10 +156,6 @@ class Trainer:
         own = self.accelerator.num_processes * value
         total: Tensor = self.accelerator.reduce(value.detach().clone(), "sum")
         return total.add(own - own.detach())
-
-    def mean_over_processes(self, value: Tensor) -> Tensor:
-        """The mean of `value` over all processes, without a gradient."""
-        return torch.as_tensor(self.accelerator.reduce(value.detach().clone(), "mean"))
 
     def any_process(self, asked: bool) -> bool:
         """Return whether it is true in any process; all processes must call and wait for each other."""
@@ -194,9 +171,11 @@ class Trainer:
         if config.trackers:
             accelerator.init_trackers("channeltok", config={k: str(v) for k, v in self.settings.items()})
         self.main.model.train()
-        stream = iter(self.batches())
+        train, _, collate = self.data()
+        sampler = StepSampler(len(train), config, self.parts, self.step)
+        stream = iter(self._loader(train, sampler, collate, config.num_workers))
         with (
-            runtime.StopOnSignal(signal.SIGTERM, signal.SIGINT, patient=accelerator.num_processes > 1) as stop,
+            runtime.StopOnSignal(patient=accelerator.num_processes > 1) as stop,
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05) as bar,
         ):
@@ -224,7 +203,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         rate = learning_rate_at(self.step, config)
         self.main.set_learning_rate(rate)
-        for name, peak in self._scheduled_rates.items():
+        for name, peak in self._peaks.items():
             self.auxiliary[name].set_learning_rate(peak * rate / config.learning_rate)
         found: list[dict[str, Tensor]] = []
         for i, rows in enumerate(self.parts):
@@ -299,8 +278,7 @@ class Trainer:
         if self.is_main:
             speed = (self.step - step) * self.config.batch_size / (now - before)
             shown = {"images/s": f"{speed:,.0f}" if speed >= 1 else f"{speed:.3g}"}
-            if memory := runtime.peak_memory_of_process(self.device):
-                shown["GB"] = f"{memory / 1e9:.1f}"
+            shown["GB"] = f"{runtime.peak_memory_of_process(self.device) / 1e9:.1f}"
             bar.set_postfix({**shown, **{name: f"{value:.3f}" for name, value in values.items()}})
             self.log.append({"step": self.step, "learning_rate": rate, **values})
             self._track({"learning_rate": rate, "images_per_second": speed, **values})
@@ -344,5 +322,8 @@ class Trainer:
         if len(set(steps)) > 1:
             raise InputError(f"machines find checkpoints of different steps {steps}; they must share output_dir")
         self._saved = self.step
-        for part in self._states:
-            part.restore(state)
+        try:
+            for part in self._states:
+                part.restore(state)
+        except KeyError as error:
+            raise InputError(f"the checkpoint has no tensor {error}; remove it to resume from an older one") from error

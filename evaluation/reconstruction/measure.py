@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -14,71 +15,96 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import fingerprint
-from common.errors import InputError
+from common.config import InputError
 from common.images import to_float
 from common.runtime import move, pick_device, pick_dtype
+from evaluation.config import ReconstructionConfig
 from evaluation.features import FeatureExtractor
-from evaluation.reconstruction.config import ReconstructionConfig
-from evaluation.reconstruction.rate import Distances, add_samples, fit_prior, mean_nats
+from evaluation.frechet import RunningStatistics, frechet_distance
+from evaluation.reconstruction.rate import fit_prior, mean_nats, prior_samples
 from evaluation.reports import machine, versions
 from refiner.flow import ImageRefiner
 from refiner.model import Refiner
 from tokenizer.config import TokenizerConfig
-from tokenizer.data import ImageDataset, UnreadableFiles, collate, spread
+from tokenizer.data import ImageBatch, ImageDataset, UnreadableFiles, collate, spread
 from tokenizer.decoding import PictureDecoder
 from tokenizer.metrics import psnr, ssim
 from tokenizer.perceptual import PerceptualDistance
 from tokenizer.settings import DataConfig
-from tokenizer.sources import check_same_classes, open_source
+from tokenizer.sources import ImageSource, check_same_classes, open_source
 from tokenizer.tokenizer import ChannelTokenizer
 
 View = tuple[int, bool]  # k, and whether the image is refined
+ORIGINALS = "originals"
+
+
+class Distances:
+    """Fréchet distances of sets of images from the originals, in the features of a network."""
+
+    def __init__(self, network: FeatureExtractor):
+        self._network = network
+        self._sets: dict[Hashable, RunningStatistics] = defaultdict(network.statistics)
+
+    def add(self, key: Hashable, images: Tensor) -> None:
+        """Add images (b 3 H W) uint8 to a set."""
+        self._sets[key].update(self._network(images))
+
+    def of(self, key: Hashable) -> float | None:
+        """Return the distance of a set; None for one without images."""
+        return frechet_distance(self._sets[ORIGINALS], self._sets[key]) if key in self._sets else None
 
 
 class Scores:
     """Scores of reconstructions against their originals, separately for each view."""
 
-    def __init__(self, config: ReconstructionConfig, views: list[View], device: torch.device):
+    def __init__(self, config: ReconstructionConfig, device: torch.device):
         self._lpips = PerceptualDistance(config.perceptual_weights).to(device) if config.perceptual != "none" else None
-        self._rfid: Distances | None = None
+        self.distances: dict[str, Distances] = {}
         if config.inception != "none":
-            self._rfid = Distances(FeatureExtractor(config.inception_weights, device), views, device)
-        self._features: Distances | None = None
-        self.prior: Distances | None = None  # of the prior's samples from the originals
+            self.distances["rfid"] = Distances(FeatureExtractor(config.inception_weights, device))
         if config.features is not None:
-            extractor = FeatureExtractor(device=device, classifier=config.features)
-            self._features = Distances(extractor, views, device)
-            if config.prior_images:
-                self.prior = Distances(extractor, [k for k, refined in views if not refined], device)
-        self._scores: dict[View, dict[str, list[float]]] = {view: {} for view in views}
+            self.distances["feature_distance"] = Distances(FeatureExtractor(device=device, classifier=config.features))
+        self._scores: dict[View, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     @torch.no_grad()
-    def add(self, originals: Tensor, reconstructions: list[Tensor]) -> None:
-        """Add originals (b 3 H W) uint8 and their reconstructions of that shape, one tensor for each view."""
-        for distances in (self._rfid, self._features, self.prior):
-            if distances is not None:
-                distances.add_reference(originals)
-        for (view, scores), decoded in zip(self._scores.items(), reconstructions, strict=True):
+    def add(self, originals: Tensor, reconstructions: dict[View, Tensor]) -> None:
+        """Add originals (b 3 H W) uint8 and their reconstructions of that shape."""
+        for distances in self.distances.values():
+            distances.add(ORIGINALS, originals)
+        for view, decoded in reconstructions.items():
             found = {"psnr": psnr(decoded, originals), "ssim": ssim(decoded, originals)}
             if self._lpips is not None:
                 found["lpips"] = self._lpips(to_float(decoded), to_float(originals))
-            for distances in (self._rfid, self._features):
-                if distances is not None:
-                    distances.add(view, decoded)
             for name, values in found.items():
-                scores.setdefault(name, []).extend(values.tolist())
+                self._scores[view][name] += values.tolist()
+            for distances in self.distances.values():
+                distances.add(view, decoded)
 
-    def means(self, view: View) -> dict[str, float | None]:
-        """Return means over images of psnr (dB), ssim, lpips, and distances of sets; None for what was not measured."""
-        # fsum rounds once: the result depends neither on the order of the images nor on the batch size
-        means = {name: math.fsum(values) / len(values) for name, values in self._scores[view].items()}
-        distances = {"rfid": self._rfid, "feature_distance": self._features}
-        return {
-            "lpips": None,
-            **means,
-            **{name: None if found is None else found.of(view) for name, found in distances.items()},
-            "prior_distance": None if self.prior is None or view[1] else self.prior.of(view[0]),
-        }
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each view: means over images of psnr (dB), ssim and lpips, and distances of sets.
+
+        None is what was not measured; prior_distance is that of images added to feature_distance with key k.
+        """
+        rows = []
+        for (k, refined), scores in sorted(self._scores.items(), key=lambda item: item[0][::-1]):
+            # fsum rounds once: the result depends neither on the order of the images nor on the batch size
+            means = {name: math.fsum(values) / len(values) for name, values in scores.items()}
+            sets = {name: distances.of((k, refined)) for name, distances in self.distances.items()}
+            features = self.distances.get("feature_distance")
+            drawn = {"prior_distance": None if features is None or refined else features.of(k)}
+            absent = {"lpips": None, "rfid": None, "feature_distance": None}
+            rows.append({"num_tokens": k, "refined": refined, **absent, **means, **sets, **drawn})
+        return rows
+
+
+def _rate(k: int, model: TokenizerConfig, use: list[float], nats: Tensor | None) -> dict[str, float | None]:
+    """Fields of a row that only depend on k; `use` and `nats` (C,) as in `codebook_use` and `mean_nats`."""
+    return {
+        "bits_per_pixel": k * model.num_bits / model.image_size**2,
+        "codebook_use": use[k - 1],
+        "nats_per_token": None if nats is None else float(nats[:k].mean()),
+        "bits": None if nats is None else float(nats[:k].sum()) / math.log(2),
+    }
 
 
 def codebook_use(tokens: Tensor, codes: int) -> tuple[dict[str, Any], list[float]]:
@@ -115,25 +141,24 @@ def channel_curve(pictures: Callable[[Tensor], Tensor], tokens: Tensor, original
     return {"channel_gain": gain, "curve": {"images": len(originals), "psnr": curve}}
 
 
-def _row(view: View, model: TokenizerConfig, scores: Scores, use: list[float], nats: Tensor | None) -> dict[str, Any]:
-    """A row of results.json; `use` and `nats` (C,) as in `codebook_use` and `mean_nats`."""
-    k, refined = view
-    rate = None if nats is None else nats[:k]
-    return {
-        "num_tokens": k,
-        "refined": refined,
-        **scores.means(view),
-        "bits_per_pixel": k * model.num_bits / model.image_size**2,
-        "codebook_use": use[k - 1],
-        "nats_per_token": None if rate is None else float(rate.mean()),
-        "bits": None if rate is None else float(rate.sum()) / math.log(2),
-    }
+def _batches(
+    source: ImageSource, size: int, config: ReconstructionConfig, unreadable: UnreadableFiles
+) -> Iterator[ImageBatch]:
+    """Read images, spread evenly; only batches with readable ones."""
+    images = ImageDataset(source, size, augmentation=None, seed=0, replace_unreadable=False)
+    keys: Any = [(index, 0) for index in spread(len(images), config.max_images or len(images))]
+    loader = DataLoader(images, config.batch_size, sampler=keys, num_workers=config.num_workers, collate_fn=collate)
+    with logging_redirect_tqdm():
+        for batch in tqdm(loader, unit="batch"):
+            unreadable.note(batch)
+            if len(batch.images):
+                yield batch
 
 
-def load_refining(
+def load_refiner(
     config: ReconstructionConfig, tokenizer: ChannelTokenizer, classes: Sequence[str], device: torch.device
-) -> Callable[[Tensor, int, Tensor, list[int]], Tensor] | None:
-    """Load config.refiner: images (b 3 H W) uint8 of k tokens, k, labels (b,), seeds -> refined ones; None without it.
+) -> ImageRefiner | None:
+    """Load config.refiner, if there is one.
 
     Raises:
         InputError: a refiner of another tokenizer, or of another number of classes.
@@ -145,9 +170,7 @@ def load_refining(
         raise InputError(f"refiner {config.refiner} was trained for another tokenizer than {config.tokenizer}")
     if refiner.config.null_label != len(classes):
         raise InputError(f"refiner {config.refiner} has {refiner.config.null_label} classes, the images {len(classes)}")
-    images = ImageRefiner(move(refiner, device))
-    refinement = images.refinement(config.refine)
-    return lambda decoded, k, labels, seeds: images(decoded, [k] * len(decoded), labels.tolist(), seeds, refinement)
+    return ImageRefiner(move(refiner, device))
 
 
 def measure_reconstruction(
@@ -164,62 +187,63 @@ def measure_reconstruction(
         InputError: a device, data, weights or a k that is not available, or no readable image.
     """
     start, model = time.perf_counter(), tokenizer.config
-    budgets, device = config.budgets(model.image_size, model.num_channels), pick_device(config.device)
+    token_counts, device = config.token_counts(model.num_channels), pick_device(config.device)
     source, train = open_source(data, "val"), open_source(data, "train") if config.prior_images else None
     if train is not None:
         check_same_classes(train, source)
-    refine = load_refining(config, tokenizer, source.classes, device)
-    views = [(k, refined) for refined in (False, True) for k in budgets if refine or not refined]
-    scores, unreadable = Scores(config, views, device), UnreadableFiles(config.strict)
+    refiner = load_refiner(config, tokenizer, source.classes, device)
+    scores, unreadable = Scores(config, device), UnreadableFiles(config.strict)
     tokenizer = move(tokenizer, device)
     pictures = PictureDecoder(tokenizer, dtype=pick_dtype(config.dtype))
 
-    def reconstructions(tokens: Tensor, labels: Tensor, seeds: list[int]) -> list[Tensor]:
-        decoded = {k: pictures(tokens[:, :k]) for k in budgets}
-        return [refine(decoded[k], k, labels, seeds) if refined and refine else decoded[k] for k, refined in views]
+    def reconstructions(tokens: Tensor, labels: Tensor, seeds: list[int]) -> dict[View, Tensor]:
+        found = {(k, False): pictures(tokens[:, :k]) for k in token_counts}
+        if refiner is not None:
+            refinement = refiner.refinement(config.refine)
+            for k in token_counts:
+                found[k, True] = refiner(found[k, False], [k] * len(seeds), labels.tolist(), seeds, refinement)
+        return found
 
-    images = ImageDataset(source, model.image_size, augmentation=None, seed=0, replace_unreadable=False)
-    keys = [(index, 0) for index in spread(len(images), config.max_images or len(images))]
-    options: dict[str, Any] = {"sampler": keys, "num_workers": config.num_workers, "collate_fn": collate}
+    total, seen = min(config.max_images or len(source), len(source)), 0
     # positions among the readable images, so that they do not depend on the batch size
-    in_sheet, in_curve = (spread(len(keys), count) for count in (config.sheet_images, config.curve_images))
-    kept: dict[int, Tensor] = {}
+    in_sheet, in_curve = (spread(total, count) for count in (config.sheet_images, config.curve_images))
+    curve: dict[int, Tensor] = {}
+    sheet: list[list[Tensor]] = []
     parts: list[tuple[Tensor, Tensor]] = []
-    with logging_redirect_tqdm():
-        for batch in tqdm(DataLoader(images, config.batch_size, **options), unit="batch"):
-            unreadable.note(batch)
-            if len(batch.images):
-                seen = sum(len(labels) for _, labels in parts)
-                kept |= {i: image for i, image in enumerate(batch.images, seen) if i in {*in_sheet, *in_curve}}
-                originals = batch.images.to(device)
-                tokens = tokenizer.tokenize(to_float(originals))
-                parts.append((tokens.int().cpu(), batch.labels))
-                seeds = list(range(seen, seen + len(tokens)))
-                scores.add(originals, reconstructions(tokens, batch.labels, seeds))
+    for batch in _batches(source, model.image_size, config, unreadable):
+        originals = batch.images.to(device)
+        tokens = tokenizer.tokenize(to_float(originals))
+        parts.append((tokens.int().cpu(), batch.labels))
+        decoded = reconstructions(tokens, batch.labels, list(range(seen, seen + len(tokens))))
+        scores.add(originals, decoded)
+        curve |= {i: image for i, image in enumerate(batch.images, seen) if i in in_curve}
+        rows = zip(*decoded.values(), batch.images, strict=True)
+        sheet += [[image.cpu() for image in row] for i, row in enumerate(rows, seen) if i in in_sheet]
+        seen += len(tokens)
     if not parts:
-        raise InputError(f"none of the {len(keys)} images of {source.name} can be read; see the lines above")
+        raise InputError(f"none of the {total} images of {source.name} can be read; see the lines above")
     tokens, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    nats, prior_images = None, 0
+    nats, prior_images, features = None, 0, scores.distances.get("feature_distance")
     if train is not None:
         prior, prior_images = fit_prior(tokenizer, train, config, unreadable)
         nats = mean_nats(prior, tokens, labels, config.batch_size)
-        if scores.prior is not None:
-            add_samples(scores.prior, prior, pictures, budgets, config.batch_size)
-    shown, curved = ([i for i in chosen if i in kept] for chosen in (in_sheet, in_curve))
-    columns = reconstructions(tokens[shown], labels[shown], shown) if shown else []
+        if features is not None:
+            for drawn in prior_samples(prior, config.batch_size):
+                for k in token_counts:
+                    features.add(k, pictures(drawn[:, :k]))
     codebook, use = codebook_use(tokens, model.codebook_size)
     found = {
-        "rows": [_row(view, model, scores, use, nats) for view in views],
+        "rows": [row | _rate(row["num_tokens"], model, use, nats) for row in scores.rows()],
         "images": len(tokens),
         "unreadable": unreadable.summary(),
-        "reference": {"name": source.name, "fingerprint": source.fingerprint(), "available": len(images)},
+        "reference": {"name": source.name, "fingerprint": source.fingerprint(), "available": len(source)},
         "codebook": codebook,
         "prior": None if nats is None else {"train_images": prior_images, "nats": nats.tolist()},
-        **channel_curve(pictures, tokens[curved], [kept[i] for i in curved]),
+        **channel_curve(pictures, tokens[list(curve)], list(curve.values())),
         "tokenizer": {"name": config.tokenizer, "fingerprint": fingerprint(tokenizer), **asdict(model)},
         "settings": asdict(data) | asdict(config),
         "machine": machine(device),
-        "versions": versions(("torchmetrics", "torch-fidelity")),
+        "versions": versions(),
         "seconds": time.perf_counter() - start,
     }
-    return found, [[*(column[n].cpu() for column in columns), kept[i]] for n, i in enumerate(shown)]
+    return found, sheet

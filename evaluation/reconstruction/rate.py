@@ -1,45 +1,22 @@
 """Rate of held-out tokens under a linear prior fitted to training images, and images drawn from that prior."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common.bit_prior import BitPrior, fit_bit_prior, token_bits
-from common.errors import InputError
-from evaluation.features import FeatureExtractor
-from evaluation.frechet import RunningStatistics, frechet_distance
-from evaluation.reconstruction.config import ReconstructionConfig
+from common.config import InputError
+from evaluation.config import ReconstructionConfig
 from tokenizer.bsq import pack_bits
 from tokenizer.data import UnreadableFiles, spread
-from tokenizer.extraction import VIEWS, tokenize_files
+from tokenizer.extraction import tokenize_files
 from tokenizer.sources import ImageSource
 from tokenizer.tokenizer import ChannelTokenizer
 
 STEPS, BATCH = 1200, 512  # of the prior's fit, and images in each
 SAMPLES = 2000  # for the distance
-
-
-class Distances:
-    """Fréchet distances of sets of pictures from reference images, in the features of `extractor`."""
-
-    def __init__(self, extractor: FeatureExtractor, keys: Iterable[Hashable], device: torch.device):
-        self._extractor = extractor
-        self._reference = RunningStatistics(extractor.dimensions, device)
-        self._statistics = {key: RunningStatistics(extractor.dimensions, device) for key in keys}
-
-    def add_reference(self, images: Tensor) -> None:
-        """Add reference images (b 3 H W) uint8."""
-        self._reference.update(self._extractor(images))
-
-    def add(self, key: Hashable, pictures: Tensor) -> None:
-        """Add pictures (b 3 H W) uint8 to a set."""
-        self._statistics[key].update(self._extractor(pictures))
-
-    def of(self, key: Hashable) -> float:
-        """Return the distance of a set."""
-        return frechet_distance(self._reference, self._statistics[key])
 
 
 def fit_prior(
@@ -57,7 +34,7 @@ def fit_prior(
         tokenizer,
         source,
         spread(len(source), config.prior_images),
-        views=VIEWS["flip"],
+        views="flip",
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         unreadable=unreadable,
@@ -89,14 +66,7 @@ def mean_nats(prior: BitPrior, tokens: Tensor, class_labels: Tensor, batch_size:
     return nats / len(tokens)
 
 
-def add_samples(
-    distances: Distances, prior: BitPrior, pictures: Callable[[Tensor], Tensor], budgets: list[int], batch_size: int
-) -> None:
-    """Draw samples and add their pictures at every k to `distances`.
-
-    Sample i has seed i and class i % num_classes for any tokenizer; `pictures`: tokens (b k) -> (b 3 H W) uint8.
-    """
+def prior_samples(prior: BitPrior, batch_size: int) -> Iterator[Tensor]:
+    """Draw tokens (b C) in batches; sample i has seed i and class i % num_classes for any tokenizer."""
     for seeds in tqdm(torch.arange(SAMPLES).split(batch_size), desc="samples", leave=False):
-        tokens = pack_bits(prior.sample(seeds % prior.null_label, seeds.tolist()))
-        for k in budgets:
-            distances.add(k, pictures(tokens[:, :k]))
+        yield pack_bits(prior.sample(seeds % prior.null_label, seeds.tolist()))

@@ -4,8 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.checkpoint import resolve_folder
+from common.config import InputError
 from common.runtime import check_can_compile, move, pick_device, pick_dtype
-from evaluation.reports import machine, synchronize, versions
-from evaluation.speed.config import DEFAULT_GENERATOR, DEFAULT_TOKENIZER, NO_TOKENIZER, SpeedConfig
-from evaluation.speed.samplers import Draw, Task, build_samplers, draw_pictures
+from evaluation.config import SpeedConfig
+from evaluation.reports import cell, machine, place, synchronize, table, versions
+from evaluation.speed.samplers import Draw, Task, build_samplers
 from generator.config import GENERATOR_SIZES, ChannelGPTConfig
 from generator.model import ChannelGPT
 from tokenizer.decoding import PictureDecoder
@@ -27,7 +27,6 @@ from tokenizer.published import published_config
 from tokenizer.tokenizer import ChannelTokenizer
 
 PROBE_BYTES = 512 * 2**20  # well beyond any cache
-DECODING = "decoding"  # beside the samplers
 Milliseconds = npt.NDArray[np.float64]
 
 
@@ -55,10 +54,10 @@ def load_models(config: SpeedConfig) -> tuple[ChannelGPT, ChannelTokenizer | Non
         return generator, ChannelTokenizer.from_pretrained(folder / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        size = config.generator or DEFAULT_GENERATOR
-        if config.tokenizer == NO_TOKENIZER:
+        size = config.generator or "B"
+        if config.tokenizer == "none":
             return ChannelGPT(random_config(size)), None
-        tokenizer = ChannelTokenizer(published_config(config.tokenizer or DEFAULT_TOKENIZER)).eval()
+        tokenizer = ChannelTokenizer(published_config(config.tokenizer or "paper-256")).eval()
         return ChannelGPT(random_config(size, tokenizer.config.num_channels, tokenizer.config.num_bits)), tokenizer
 
 
@@ -78,13 +77,12 @@ def read_bandwidth(device: torch.device) -> float:
     matrix, vector = values.view(-1, 2048), torch.ones(2048, device=device)
     ways: list[Callable[[], Tensor]] = [values.sum, lambda: matrix @ vector]
     seconds = []
-    for way in ways:
-        for _ in range(4):
-            synchronize(device)
-            start = time.perf_counter()
-            way()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
+    for way in ways * 4:
+        synchronize(device)
+        start = time.perf_counter()
+        way()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
     return PROBE_BYTES / min(seconds) / 1e9
 
 
@@ -111,17 +109,16 @@ def run_rounds(
 
 
 def rows_of(
-    sampler: str, setting: dict[str, Any], budgets: list[int], times: Milliseconds, decoding: Milliseconds | None
+    sampler: str, setting: dict[str, Any], budgets: list[int], times: Milliseconds, decode_ms: float | None
 ) -> list[dict[str, Any]]:
-    """Build a row for each k from milliseconds until each k, (repeats, len(budgets)), and of decoding, (repeats, 1).
+    """Build a row for each k from milliseconds until each k, (repeats, len(budgets)), and of decoding the pictures.
 
-    ms_per_token, ms_per_token_min: median and least of the rounds, over k, with the set-up of the call. decode_ms: of
-    the pictures; None without. images_per_second: of pictures, or of finished tokens without a tokenizer.
+    ms_per_token, ms_per_token_min: median and least of the rounds, over k, with the set-up of the call.
+    images_per_second: of pictures, or of finished tokens without a tokenizer.
     first_preview_ms: from the call until the pictures of the smallest k are decoded; None without pictures.
     estimated: times of tokens are interpolated between measured ones.
     """
     until = np.median(times, axis=0)
-    decode_ms = None if decoding is None else float(np.median(decoding))
     return [
         {
             "sampler": sampler,
@@ -152,7 +149,9 @@ def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, con
         InputError: a device or a compiler that is not available, or a k or a guidance that the model does not have.
     """
     start = time.perf_counter()
-    budgets, device = config.budgets(generator.config), pick_device(config.device)
+    budgets, device = config.token_counts(generator.config.num_channels), pick_device(config.device)
+    if config.cfg_scale != [1] and not generator.config.has_null_label:
+        raise InputError(f"cfg_scale is {config.cfg_scale}, but this model was trained without null label; use 1")
     if "compiled" in config.samplers:
         check_can_compile(device)
     rows: list[dict[str, Any]] = []
@@ -162,17 +161,19 @@ def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, con
         for dtype in config.dtype:
             model = move(copy.deepcopy(generator).eval(), device, pick_dtype(dtype))
             draws = build_samplers(config.samplers, model)
+            pictures = None
             if tokenizer is not None:
-                decoder = PictureDecoder(move(tokenizer, device), dtype=pick_dtype(dtype))
-                draws[DECODING] = partial(draw_pictures, decoder)
+                pictures = PictureDecoder(move(tokenizer, device), dtype=pick_dtype(dtype))
             for batch_size, cfg_scale in product(config.batch_size, config.cfg_scale):
                 labels = [i % model.config.num_classes for i in range(batch_size)]
                 seeds = [config.seed + i for i in range(batch_size)]
                 task = Task(budgets=budgets, class_labels=labels, seeds=seeds, cfg_scale=cfg_scale)
                 times = run_rounds(draws, task, config.repeats, lambda: bandwidths.append(read_bandwidth(device)))
                 setting = {"device": str(device), "dtype": dtype, "batch_size": batch_size, "cfg_scale": cfg_scale}
+                # every channel is decoded whatever k is, so one time serves every k
+                decode_ms = None if pictures is None else 1000 * pictures.seconds(batch_size)
                 for name in config.samplers:
-                    for row in rows_of(name, setting, budgets, times[name], times.get(DECODING)):
+                    for row in rows_of(name, setting, budgets, times[name], decode_ms):
                         needed = bytes_per_token(model, task.sequences, row["num_tokens"])
                         rows.append({**row, "bytes_per_token": needed})
     best = max(bandwidths)
@@ -183,8 +184,8 @@ def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, con
         "bandwidth_gb_s": best,
         "machine": machine(device),
         "versions": versions(),
-        "generator": _about(config.model or config.generator or DEFAULT_GENERATOR, generator),
-        "tokenizer": tokenizer and _about(config.model or config.tokenizer or DEFAULT_TOKENIZER, tokenizer),
+        "generator": _about(config.model or config.generator or "B", generator),
+        "tokenizer": tokenizer and _about(config.model or config.tokenizer or "paper-256", tokenizer),
         "settings": asdict(config),
         "seconds": time.perf_counter() - start,
     }
@@ -192,3 +193,38 @@ def measure_speed(generator: ChannelGPT, tokenizer: ChannelTokenizer | None, con
 
 def _about(name: str, model: nn.Module) -> dict[str, Any]:
     return {"name": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """Format speed.md: paragraphs, one of them a table with a line for each setting and sampler."""
+    rows, generator, tokenizer = found["rows"], found["generator"], found["tokenizer"]
+    budgets = list(dict.fromkeys(row["num_tokens"] for row in rows))
+    heads = ["setting", "sampler", *(f"k = {k}, ms a token" for k in budgets), f"images/s at k = {budgets[-1]}"]
+    heads += [f"first preview (k = {budgets[0]}), ms", "of the limit"]
+    uncached = {(_setting(row), row["num_tokens"]): row["ms_per_token"] for row in rows if row["estimated"]}
+    lines = []
+    for (setting, sampler), group in groupby(rows, lambda row: (_setting(row), row["sampler"])):
+        cells = [setting, sampler + (" (estimated)" if sampler == "uncached" else "")]
+        for row in group:
+            slow = uncached.get((setting, row["num_tokens"]))
+            gain = f" ({slow / row['ms_per_token']:.1f}x)" if slow and not row["estimated"] else ""
+            cells.append(f"{row['ms_per_token']:.2f}{gain}")
+        cells += [f"{row['images_per_second']:.2f}", cell(row["first_preview_ms"], ".0f")]
+        lines.append([*cells, f"{row['fraction_of_limit']:.1%}"])
+    what = f"generator {generator['name']} ({generator['parameters'] / 1e6:.1f}M)"
+    return [
+        f"# Speed: {what}, " + (f"tokenizer {tokenizer['name']}" if tokenizer else "tokens only"),
+        f"{place(found)}, memory reads {found['bandwidth_gb_s']:.0f} GB/s",
+        f"`{found['command']}`",
+        table(heads, lines),
+        f"Medians of {found['settings']['repeats']} rounds, samplers interleaved. ms a token: mean over k tokens, in "
+        "brackets how many times faster than uncached. Images/s: with decoding where there is a tokenizer. Of the "
+        "limit: the time to read weights and cache once, at the best bandwidth measured here, over the time taken. "
+        "Estimated: interpolated between measured prefix lengths.",
+    ]
+
+
+def _setting(row: dict[str, Any]) -> str:
+    """What rows that are compared with each other have in common."""
+    guidance = "" if row["cfg_scale"] == 1 else f", guidance {row['cfg_scale']:g}"
+    return f"{row['dtype']}, batch {row['batch_size']}{guidance}"

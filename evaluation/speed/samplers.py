@@ -18,7 +18,6 @@ from generator.decode import CachedDecoder
 from generator.engine import Engine
 from generator.generate import stream
 from generator.model import NORM_EPS, ChannelGPT
-from tokenizer.decoding import PictureDecoder
 
 Draw = Callable[["Task"], list[float]]
 UNCACHED_LENGTHS = (1, 32, 64, 128, 192, 256, 384)
@@ -65,19 +64,9 @@ def draw_ours(engine: Engine, task: Task) -> list[float]:
     return watch.milliseconds
 
 
-def draw_transformers(model: Any, config: ChannelGPTConfig, task: Task, cache: str) -> list[float]:
-    """Draw with transformers' own `generate`, with a cache that grows ("dynamic") or is allocated once ("static").
-
-    Guidance is its own too: a second pass, with a second cache, for every token.
-    """
+def draw_transformers(model: Any, config: ChannelGPTConfig, task: Task) -> list[float]:
+    """Draw with transformers' own `generate` and its cache; guidance is a second pass for every token."""
     rows = config.codebook_size + torch.tensor(task.class_labels, device=model.device)[:, None]
-    options = GenerationConfig(
-        max_new_tokens=task.budgets[-1],
-        do_sample=True,
-        top_k=0,
-        cache_implementation=cache,
-        guidance_scale=task.cfg_scale,
-    )
     watch = Stopwatch(model.device, task.budgets)
 
     def never_stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -88,7 +77,9 @@ def draw_transformers(model: Any, config: ChannelGPTConfig, task: Task, cache: s
         rows,
         attention_mask=torch.ones_like(rows),
         negative_prompt_ids=torch.full_like(rows, config.codebook_size + config.null_label),
-        generation_config=options,
+        generation_config=GenerationConfig(
+            max_new_tokens=task.budgets[-1], do_sample=True, top_k=0, guidance_scale=task.cfg_scale
+        ),
         stopping_criteria=StoppingCriteriaList([never_stop]),
     )
     return watch.milliseconds
@@ -118,7 +109,7 @@ def draw_uncached(model: LlamaForCausalLM, config: ChannelGPTConfig, task: Task)
 
 
 def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
-    """Build a Llama with random weights whose blocks have the shapes of a generator's, for transformers' samplers.
+    """Build a Llama with random weights whose blocks have the shapes of a generator's.
 
     Its embedding has a row for each code, each class and the null class; its head has one for each code.
     """
@@ -141,25 +132,13 @@ def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
     return move(llama.eval(), model.device, model.dtype)
 
 
-def draw_pictures(pictures: PictureDecoder, task: Task) -> list[float]:
-    """Decode a picture of every image; every channel is decoded whatever k is, so one time serves every k."""
-    tokens = torch.zeros(len(task.seeds), 1, dtype=torch.long, device=pictures.device)
-    watch = Stopwatch(pictures.device, [1])
-    pictures(tokens)
-    watch.token()
-    return watch.milliseconds
-
-
 def build_samplers(names: Sequence[str], model: ChannelGPT) -> dict[str, Draw]:
-    """Build the samplers of some names of `config.SAMPLERS`, for a model on its device and in its number format."""
-    decoder, llama, config = None, None, model.config
-    found: dict[str, Draw] = {}
-    for name in names:
-        if name in ("eager", "compiled"):
-            decoder = decoder or CachedDecoder.from_model(model)
-            found[name] = partial(draw_ours, Engine(decoder, compile=name == "compiled"))
-        else:
-            llama = llama or llama_of(model)
-            draw = partial(draw_transformers, cache=name.removeprefix("transformers-"))
-            found[name] = partial(draw_uncached if name == "uncached" else draw, llama, config)
-    return found
+    """Build the samplers of some names, for a model on its device and in its number format."""
+    decoder, llama = CachedDecoder.from_model(model), llama_of(model)
+    draws: dict[str, Callable[[], Draw]] = {
+        "uncached": lambda: partial(draw_uncached, llama, model.config),
+        "transformers": lambda: partial(draw_transformers, llama, model.config),
+        "eager": lambda: partial(draw_ours, Engine(decoder, compile=False)),
+        "compiled": lambda: partial(draw_ours, Engine(decoder, compile=True)),
+    }
+    return {name: draws[name]() for name in names}
