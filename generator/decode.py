@@ -12,6 +12,7 @@ row in an order that does not depend on the other rows, so that an image is the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Self, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from generator.config import ChannelGPTConfig
 from generator.model import NORM_EPS, Block, ChannelGPT, lower_triangle, rotary_tables
 
-FEW_ROWS = 64  # up to so many, CPU libraries multiply the matrix by columns faster than rows by the matrix
+FEW_ROWS = 48  # up to so many, CPU libraries multiply the matrix by columns faster than rows by the matrix
 STREAMS = 4  # parts of a matrix that are read at the same time, which hides the latency of memory
 
 
@@ -35,11 +36,18 @@ class Products(NamedTuple):
 
 def materialize(x: Tensor) -> Tensor:
     """The same tensor; keeps a compiler from computing it again inside each sum that reads it."""
-    return torch.as_strided(x, x.shape, x.stride())
+    return torch.as_strided(x, x.shape, x.stride()) if torch.compiler.is_compiling() else x
+
+
+@cache
+def _least_columns() -> int:
+    """Return the least number of rows that this CPU multiplies faster as columns (docs/performance.md)."""
+    # with one or two rows, Intel's library reads a matrix at the bandwidth of its own processors only
+    return 3 if "Intel" in str(torch.cpu.get_capabilities().get("cpu_name")) else 1
 
 
 def _library_linear(rows: Tensor, weight: Tensor) -> Tensor:
-    if rows.device.type == "cpu" and weight.dtype == torch.float32 and len(rows) <= FEW_ROWS:
+    if rows.device.type == "cpu" and weight.dtype == torch.float32 and _least_columns() <= len(rows) <= FEW_ROWS:
         # a matrix times two columns is faster than times one
         columns = torch.cat([rows, rows]).t() if len(rows) == 1 else rows.t()
         return (weight @ columns).t()[: len(rows)].contiguous()
@@ -104,11 +112,11 @@ class ChannelTables(NamedTuple):
         channels, bits = model.config.num_channels, model.config.num_bits
         read, head, norm = model.read_bits, model.bit_head, model.norm.weight * model.config.hidden_size**0.5
         own = torch.cat([torch.zeros_like(read.own[:1]), read.own[:-1]])  # step p reads the bits of channel p - 1
-        weight = rearrange(model.prior.matrix(), "(c i) (e j) -> c i e j", c=channels, e=channels)
-        channel = torch.arange(channels, device=weight.device)
-        within = weight[channel, :, channel]  # c i j
-        earlier = (channel[:, None] > channel)[:, None, :, None]
-        prior = F.pad(torch.where(earlier, weight, 0.0), (0, 0, 1, 0))  # c i e+1 j
+        prior = F.pad(model.prior.matrix(), (bits, 0))  # (c i) (e+1 j)
+        earlier = rearrange(prior, "(c i) (e j) -> c i e j", c=channels, j=bits)
+        channel = torch.arange(channels, device=prior.device)
+        within = earlier[channel, :, channel + 1]  # c i j
+        earlier[channel, :, channel + 1] = 0
         pair_rows = lower_triangle(model.pair_head.weight.float().T, bits)  # d i j
         tables = cls(
             read_bits=read.shared + own,
@@ -116,7 +124,7 @@ class ChannelTables(NamedTuple):
             bit_head=(head.shared + head.own) * norm,
             pair_head=rearrange(pair_rows, "d i j -> (i j) d") * norm,
             pairs=rearrange(within, "c i j -> c (i j)"),
-            prior=rearrange(prior, "c i e j -> c i (e j)"),
+            prior=rearrange(prior, "(c i) e -> c i e", c=channels),
             prior_bias=rearrange(model.prior.bias, "(c i) -> c i", c=channels),
             class_vectors=model.class_vectors,
             class_odds=rearrange(model.prior.class_bias, "k (c i) -> k c i", c=channels),

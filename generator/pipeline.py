@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -113,15 +114,18 @@ class ChannelTokPipeline:
         for part in ("tokenizer", "generator"):
             if not (folder / part).is_dir():
                 raise InputError(f"{folder} has no folder {part}/; give a folder with tokenizer/ and generator/")
-        tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
-        model = ChannelGPT.from_pretrained(folder / "generator", dtype=dtype)
-        made_by = tokenizer.token_fingerprint()
+        with ThreadPoolExecutor(1) as pool:  # hashing takes a third of the time
+            generator_hash = pool.submit(files_fingerprint, folder / "generator")
+            tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
+            tokenizer_hash = pool.submit(fingerprint, tokenizer)
+            model = ChannelGPT.from_pretrained(folder / "generator", dtype=dtype)
+            made_by = tokenizer.token_fingerprint()
+        whole, drawn_by = tokenizer_hash.result(), generator_hash.result()
         if made_by != model.config.tokenizer_fingerprint:
             raise InputError(
                 f"{folder}: the generator was trained on tokens of tokenizer {model.config.tokenizer_fingerprint}, "
                 f"the folder holds {made_by}; put the right tokenizer/ beside it"
             )
-        whole, drawn_by = fingerprint(tokenizer), files_fingerprint(folder / "generator")
         images = None
         if refiner and (folder / "refiner").is_dir():
             network = Refiner.from_pretrained(folder / "refiner")
