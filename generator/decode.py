@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from generator.config import ChannelGPTConfig
 from generator.model import NORM_EPS, Block, ChannelGPT, lower_triangle, rotary_tables
 
-FEW_ROWS = 48  # up to so many, CPU libraries multiply the matrix by columns faster than rows by the matrix
+MAX_COLUMNS = 48  # up to so many rows, CPU libraries multiply a matrix by columns faster than rows by a matrix
 STREAMS = 4  # parts of a matrix that are read at the same time, which hides the latency of memory
 
 
@@ -41,13 +41,12 @@ def materialize(x: Tensor) -> Tensor:
 
 @cache
 def _least_columns() -> int:
-    """Return the least number of rows that this CPU multiplies faster as columns (docs/performance.md)."""
-    # with one or two rows, Intel's library reads a matrix at the bandwidth of its own processors only
+    """Return the least number of rows to multiply as columns; F.linear is slow for 1 and 2 rows but on Intel CPUs."""
     return 3 if "Intel" in str(torch.cpu.get_capabilities().get("cpu_name")) else 1
 
 
 def _library_linear(rows: Tensor, weight: Tensor) -> Tensor:
-    if rows.device.type == "cpu" and weight.dtype == torch.float32 and _least_columns() <= len(rows) <= FEW_ROWS:
+    if rows.device.type == "cpu" and weight.dtype == torch.float32 and _least_columns() <= len(rows) <= MAX_COLUMNS:
         # a matrix times two columns is faster than times one
         columns = torch.cat([rows, rows]).t() if len(rows) == 1 else rows.t()
         return (weight @ columns).t()[: len(rows)].contiguous()
