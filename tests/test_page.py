@@ -233,6 +233,10 @@ def eventually(check: Callable[[], Any], seconds: float = 180) -> Any:
     raise TimeoutError(check)
 
 
+SET_VALUE = """arguments[0].value = arguments[1];
+for (const name of ["input", "blur"]) arguments[0].dispatchEvent(new Event(name, {bubbles: true}));"""
+
+
 def test_the_page_in_a_browser(
     serve: Callable[..., tuple[str, int]],
     browser: webdriver.Chrome,
@@ -267,11 +271,7 @@ def test_the_page_in_a_browser(
     element("#continue").click()
     eventually(lambda: count() == 256)
     browser.save_screenshot(shots / "complete.png")
-    slider = element("#canvas-k input[type=number]")
-    browser.execute_script(
-        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
-        "arguments[0].dispatchEvent(new Event('blur', {bubbles: true}));", slider, stopped,
-    )  # fmt: skip
+    browser.execute_script(SET_VALUE, element("#canvas-k input[type=number]"), stopped)
     eventually(lambda: element("#canvas img").get_attribute("src") == image)
     assert count() == stopped
 
