@@ -19,10 +19,10 @@ def main() -> None:
 def check(folder: str) -> None:
     """Report the content of a store and its problems."""
     from generator.tokens import TokenStore, verify
-    from tokenizer.extraction import report
+    from tokenizer.extraction import log_verification
 
     store = TokenStore(folder, TokenStore.peek(folder))
-    report(store, *verify(store))
+    log_verification(store, *verify(store))
 
 
 def extract(config: ExtractionConfig, data: DataConfig) -> None:

@@ -29,7 +29,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
             save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             if number := re.search(r"os error (\d+)", str(error)):
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise
 
 

@@ -21,7 +21,10 @@ import yaml
 
 from common.config import InputError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # may come without a file name
+FILE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EFBIG,
+)  # fmt: skip
 LOGGERS = ("common", "evaluation", "generator", "page", "refiner", "tokenizer", "training")  # one for each package
 
 
@@ -38,9 +41,13 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        sys.stdout.write(f"channeltok {version('channeltok')}\n")
+        try:
+            found = version("channeltok")
+        except PackageNotFoundError:  # a script also runs from a folder that is not installed
+            found = "(not installed)"
+        sys.stdout.write(f"channeltok {found}\n")
         sys.exit(0)
 
 
@@ -229,13 +236,13 @@ def set_up_logging() -> None:
             logging.getLogger(name).setLevel(logging.INFO)
 
 
-def _end_readers() -> None:
-    """Kill data readers, which ignore the SIGTERM that multiprocessing sends before it waits without limit."""
-    readers = [child for child in multiprocessing.active_children() if child.daemon]
-    if readers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a reader ends by a signal
-    for reader in readers:
-        reader.kill()
+def _end_loader_workers() -> None:
+    """Kill workers of data loaders, which ignore the SIGTERM after which multiprocessing waits without limit."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error where a worker ends by a signal
+    for worker in workers:
+        worker.kill()
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -246,10 +253,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         _complain(str(error))
     except OSError as error:
-        if not (error.filename or isinstance(error, shutil.Error) or error.errno in DISK_ERRORS):
+        if isinstance(error, shutil.Error):
+            _complain(f"{error.args[0][0][-1]}; free some space or choose another folder")
+        if error.errno not in FILE_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        _complain(f"{error.strerror or error}{where}; free some space or choose another folder")
+        _complain(f"{error.strerror}{where}; free some space or choose another folder")
     except (MemoryError, RuntimeError) as error:
         from common.runtime import is_out_of_memory
 
@@ -260,7 +269,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stderr.write(f"{_program()}: interrupted\n")
         sys.exit(130)
     finally:
-        _end_readers()
+        _end_loader_workers()
     sys.exit(0)
 
 

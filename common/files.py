@@ -85,9 +85,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def exclusive_folder(path: str | Path) -> Iterator[None]:
-    """Hold an output folder, created if necessary, until the block or the process ends; of another, an `InputError`.
+    """Lock an output folder until the block or the process ends, and remove partial files of killed processes.
 
-    Partial files of killed processes are removed.
+    The folder is created if necessary; if another process has locked it, an `InputError` is raised.
     """
     folder, lock = Path(path), Path(path) / ".lock"
     folder.mkdir(parents=True, exist_ok=True)

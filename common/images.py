@@ -138,10 +138,10 @@ def captioned_table(
 
     Args:
         rows: images, all of one size; rows may differ in length, and None is an empty cell.
-        row_labels: captions on the left; empty for none, as the others.
+        row_labels: captions on the left; each kind of label may be empty.
         column_labels: captions at the top.
         min_side: small images are enlarged by an integer factor until a side has about this many pixels.
-        cell_labels: captions below the images.
+        cell_labels: captions below the images, one for each cell.
     """
     table = [[picture and _enlarged(picture, min_side) for picture in row] for row in rows]
     width, height = next(picture.size for row in table for picture in row if picture)

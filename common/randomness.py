@@ -11,7 +11,10 @@ from common.config import InputError
 
 
 class Stream(IntEnum):
-    """Random streams of a training run: the second element of the key of `generator_for`; 5 is that of views."""
+    """Random streams of a training run: the second element of the key of `generator_for`.
+
+    Number 5 is used by `generator.token_data`, with NumPy.
+    """
 
     ORDER = 1
     STEP = 2

@@ -94,13 +94,13 @@ class StopOnSignal:
     """Context in which SIGINT (Ctrl-C) and SIGTERM (of a scheduler that ends a job) only set `.requested`.
 
     Args:
-        patient: whether a second Ctrl-C is taken as the first was, and does not interrupt. Where a launcher passes
-            signals on, one Ctrl-C comes twice. A second SIGTERM never ends the process: SIGKILL is there for that.
+        ignore_repeats: whether a second Ctrl-C has no effect either; otherwise it interrupts. Where a launcher passes
+            signals on, one Ctrl-C arrives twice. A second SIGTERM never interrupts.
     """
 
-    def __init__(self, *, patient: bool):
+    def __init__(self, *, ignore_repeats: bool):
         self.requested = False
-        self._patient = patient
+        self._ignore_repeats = ignore_repeats
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupting = False
 
@@ -127,7 +127,7 @@ class StopOnSignal:
 
     def _handle(self, number: int, _: object) -> None:
         self.requested = True
-        if number == signal.SIGINT and not self._patient:
+        if number == signal.SIGINT and not self._ignore_repeats:
             signal.signal(number, signal.default_int_handler)
         if self._interrupting:
             raise Interrupted

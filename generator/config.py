@@ -235,7 +235,7 @@ class SampleConfig(Config):
         if self.rows is not None and self.continue_from is None:
             raise InputError("rows are those of a drawing; give it with --continue-from")
         if self.continue_from is not None:
-            settled = "class_labels", "class_names", "prefix_image", "sketch_tokens", "seed", "samples_per_class"
+            excluded = "class_labels", "class_names", "prefix_image", "sketch_tokens", "seed", "samples_per_class"
             for entry in fields(self):
-                if entry.name in settled and getattr(self, entry.name) != entry.default:
-                    raise InputError(f"{entry.name} does not go with continue_from: that drawing has it; omit it")
+                if entry.name in excluded and getattr(self, entry.name) != entry.default:
+                    raise InputError(f"{entry.name} cannot be given with continue_from; omit it")

@@ -5,9 +5,9 @@ on the channel are float32 whatever the dtype of the blocks: both are a small pa
 be most of the error.
 
 Two kinds of arithmetic, `LIBRARY` and `SUMS`. Drawing one image multiplies matrices by single rows, so that reading the
-matrix takes all the time. On CPUs library kernels, made for many rows, read at half the bandwidth of the memory; a sum
-over inputs, written out and compiled, reads at nearly all of it (docs/performance.md). It also adds the numbers of a
-row in an order that does not depend on the other rows, so that an image is the same, bit for bit, in any batch.
+matrix takes all the time. On most CPUs library kernels, made for many rows, read at half the bandwidth of the memory; a
+sum over inputs, written out and compiled, reads at nearly all of it (docs/performance.md). It also adds the numbers of
+a row in an order that does not depend on the other rows, so that an image is the same, bit for bit, in any batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def materialize(x: Tensor) -> Tensor:
 
 @cache
 def _least_columns() -> int:
-    """Return the least number of rows to multiply as columns; F.linear is slow for 1 and 2 rows but on Intel CPUs."""
+    """Return the least number of rows to multiply as columns; with 1 or 2 rows F.linear is fast on Intel CPUs only."""
     return 3 if "Intel" in str(torch.cpu.get_capabilities().get("cpu_name")) else 1
 
 

@@ -4,6 +4,7 @@ A `Batch` is the state of some images on the device; `Engine.advance` draws one 
 them without waiting for the device. `generate.stream` decides which images continue.
 """
 
+import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Engine:
         self._in_parts = compile and decoder.device.type == "cpu"
         self._arange = torch.arange(decoder.config.num_channels, device=decoder.device)
         self._kept: list[Batch] = []
+        self._lock = threading.Lock()  # threads share the kept batches and the graphs' memory
         self._pool: Any = torch.cuda.graph_pool_handle() if self.captures else None
         # compiling all layers as one takes minutes, and each call has a cost: groups of equal size
         self._group = max(size for size in (1, 2, 3, 4, 5, 6) if len(decoder.layers) % size == 0)
@@ -154,7 +156,8 @@ class Engine:
     def release(self, batch: Batch) -> None:
         """Release a batch; compiled and captured engines keep its buffers and graphs for the next one of its size."""
         if self.captures or self.compile:
-            self._kept = [*self._kept[-KEPT_BATCHES + 1 :], batch]
+            with self._lock:
+                self._kept = [*self._kept[-KEPT_BATCHES + 1 :], batch]
 
     def _filled(self, images: Sequence[int], slots: int) -> Tensor:
         """Indices of images; the first one fills the remaining slots."""
@@ -169,10 +172,11 @@ class Engine:
             # one layout of the cache, so that one program serves every k; one position more than needed keeps the
             # longest view from being contiguous, which would be another layout
             capacity = channels + 1
-        for kept in self._kept:
-            if (kept.images, kept.guided) == (slots, guided):
-                self._kept.remove(kept)
-                return kept
+        with self._lock:
+            for kept in self._kept:
+                if (kept.images, kept.guided) == (slots, guided):
+                    self._kept.remove(kept)
+                    return kept
         rows = slots * (2 if guided else 1)
         exact = torch.float32 if device.type == "mps" else torch.float64
         return Batch(
@@ -215,7 +219,8 @@ class Engine:
             if key not in batch.graphs:
                 if len(batch.graphs) >= KEPT_GRAPHS:
                     batch.graphs.clear()
-                batch.graphs[key] = self._capture(batch, step)
+                with self._lock:
+                    batch.graphs[key] = self._capture(batch, step)
             batch.graphs[key].replay()
         else:
             step()
@@ -234,7 +239,7 @@ class Engine:
                     tensor.copy_(value)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         return graph
 
@@ -276,7 +281,7 @@ class Engine:
         outputs = []
         for part, caches in zip(self._parts(len(previous)), batch.views[length], strict=True):
             hidden = self._call(embed, previous[part], batch.class_vectors[part], decoder.tables, position)
-            size = self._group if self._sums(len(hidden)) else len(decoder.layers)
+            size = self._group if self._uses_sums(len(hidden)) else len(decoder.layers)
             for first in range(0, len(decoder.layers), size):
                 group = slice(first, first + size)
                 hidden = self._call(
@@ -304,12 +309,12 @@ class Engine:
         size = self._few if self._in_parts else num_rows
         return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
-    def _sums(self, rows: int) -> bool:
+    def _uses_sums(self, rows: int) -> bool:
         return self.compile and rows <= self._few
 
     def _call(self, function: Any, rows: Tensor, *arguments: Any) -> Tensor:
         """Call a function of generator.decode: compiled sums for few rows, otherwise the library's products."""
-        if self._sums(len(rows)):
+        if self._uses_sums(len(rows)):
             return _compiled(function, len(rows))(SUMS, rows, *arguments)
         result: Tensor = function(LIBRARY, rows, *arguments)
         return result

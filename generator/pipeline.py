@@ -119,18 +119,18 @@ class ChannelTokPipeline:
             tokenizer = ChannelTokenizer.from_pretrained(folder / "tokenizer")
             tokenizer_hash = pool.submit(fingerprint, tokenizer)
             model = ChannelGPT.from_pretrained(folder / "generator", dtype=dtype)
-            made_by = tokenizer.token_fingerprint()
-        whole, drawn_by = tokenizer_hash.result(), generator_hash.result()
-        if made_by != model.config.tokenizer_fingerprint:
+            token_hash = tokenizer.token_fingerprint()
+        whole_hash, drawing_hash = tokenizer_hash.result(), generator_hash.result()
+        if token_hash != model.config.tokenizer_fingerprint:
             raise InputError(
                 f"{folder}: the generator was trained on tokens of tokenizer {model.config.tokenizer_fingerprint}, "
-                f"the folder holds {made_by}; put the right tokenizer/ beside it"
+                f"the folder holds {token_hash}; put the right tokenizer/ beside it"
             )
         images = None
         if refiner and (folder / "refiner").is_dir():
             network = Refiner.from_pretrained(folder / "refiner")
             expected = {
-                "tokenizer_fingerprint": whole, "image_size": tokenizer.config.image_size,
+                "tokenizer_fingerprint": whole_hash, "image_size": tokenizer.config.image_size,
                 "num_channels": tokenizer.config.num_channels, "class_names": model.config.class_names,
             }  # fmt: skip
             for name, value in expected.items():
@@ -144,9 +144,9 @@ class ChannelTokPipeline:
             engine=Engine(CachedDecoder.from_model(move(model, target)), compile=compile),
             pictures=PictureDecoder(move(tokenizer, target), compile=compile),
             refiner=images,
-            settings=ModelSettings.load(folder / "generator", f"{whole}-{drawn_by}"),
-            fingerprint=f"{whole}-{drawn_by}",
-            tokens_fingerprint=f"{made_by}-{drawn_by}",
+            settings=ModelSettings.load(folder / "generator", f"{whole_hash}-{drawing_hash}"),
+            fingerprint=f"{whole_hash}-{drawing_hash}",
+            tokens_fingerprint=f"{token_hash}-{drawing_hash}",
         )
 
     def sampling(self, num_tokens: int | None = None, **given: Any) -> SamplingConfig:

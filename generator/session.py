@@ -78,7 +78,7 @@ class Session:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir()
             workers.wait()
-            interrupt = stack.enter_context(StopOnSignal(patient=workers.count > 1))
+            interrupt = stack.enter_context(StopOnSignal(ignore_repeats=workers.count > 1))
             self._draw_share(interrupt).save(self.partial / f"part-{workers.index}.npz")
             workers.wait()
             if workers.is_main:

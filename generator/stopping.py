@@ -87,6 +87,7 @@ class WhenStable:
         before, self._before = self._before, dict(zip(step.drawing, pictures, strict=True))
         known = [image for image in step.drawing if image in before]
         changes = [(self._before[image] - before[image]).abs().float().mean() for image in known]
+        changes = torch.stack(changes).tolist() if known else []  # waits for the device once
         return [image for image, change in zip(known, changes, strict=True) if change < self._epsilon]
 
 

@@ -118,7 +118,7 @@ class Encoder(nn.Module):
                 layers.append(Downsample(width))
                 size //= 2
         self.trunk = nn.Sequential(*layers, *_middle(widths[-1], config), *_last(widths[-1], config.num_channels))
-        # what is left of the way down is walked at latent width
+        # the remaining halvings have num_channels channels
         halvings = (size // config.latent_size).bit_length() - 1
         self.shrink = nn.Sequential(*(Downsample(config.num_channels) for _ in range(halvings)))
         self.straight = nn.Conv2d(channels, config.num_channels, *_lapped(config)) if config.linear_paths else None

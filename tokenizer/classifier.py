@@ -41,7 +41,7 @@ class _Block(nn.Module):
 
 
 class PictureClassifier(nn.Module):
-    """Class logits and feature maps of pictures; `class_names` has a name for each label, in order."""
+    """Class logits and features of pictures; `class_names` has a name for each label, in order."""
 
     def __init__(self, config: ClassifierConfig, class_names: list[str]):
         super().__init__()
@@ -52,16 +52,12 @@ class PictureClassifier(nn.Module):
         self.head = nn.Linear(widths[-1], len(class_names))
         nn.init.zeros_(self.head.weight)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Pictures (b 3 H W) in [-1, 1], H = W = classifier_size -> a feature map (b c h w) of each block."""
-        found = [self.stem(images)]
-        for block in self.blocks:
-            found.append(block(found[-1]))
-        return found[1:]
-
     def features(self, images: Tensor) -> Tensor:
-        """As `maps` -> (b widths[-1]), the mean of the last map over positions."""
-        return self.maps(images)[-1].mean((2, 3))
+        """Pictures (b 3 H W) in [-1, 1], H = W = classifier_size -> (b widths[-1]), means of the last block's maps."""
+        maps: Tensor = self.stem(images)  # b c h w
+        for block in self.blocks:
+            maps = block(maps)
+        return maps.mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [-1, 1] -> logits (b classes)."""

@@ -1,7 +1,6 @@
 """Tokens of many images, each in one or several views, and the token store that they are written to."""
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +11,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import ten_crop
 from tqdm import tqdm
 
-from common.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
 from common.config import InputError
 from common.files import exclusive_folder, folder_written_whole, read_json
 from common.images import to_float
@@ -23,8 +21,8 @@ from tokenizer.sources import SPLITS, ImageSource, check_same_classes, open_sour
 from tokenizer.tokenizer import ChannelTokenizer
 
 logger = logging.getLogger(__name__)
-# number of views; side of the square to load, relative to the tokenizer's; and what cuts images (b 3 H W) of that side,
-# given the tokenizer's, into views (b 3 side side)
+# for each setting: number of views, side of the square to load relative to the tokenizer's, and a function that cuts
+# images (b 3 H W) of that side into views (b 3 side side), given the tokenizer's side
 VIEWS: dict[str, tuple[int, float, Callable[[Tensor, int], Sequence[Tensor]]]] = {
     "none": (1, 1.0, lambda images, _: [images]),
     "flip": (2, 1.0, lambda images, _: [images, images.flip(-1)]),
@@ -77,6 +75,12 @@ def tokenize_files(
     return torch.cat(tokens), torch.cat(labels), left_out
 
 
+def exact_dtype(tokenizer: ChannelTokenizer) -> torch.dtype:
+    """Return the format of a copy: bfloat16 if it represents all weights exactly, otherwise float32."""
+    exact = all(bool((weight == weight.bfloat16()).all()) for weight in tokenizer.parameters())
+    return torch.bfloat16 if exact else torch.float32
+
+
 def write_store(config: ExtractionConfig, data: DataConfig, create: Callable[..., Any]) -> None:
     """Write the shards of a token store that are missing, in one process or those that a launcher started.
 
@@ -95,8 +99,7 @@ def write_store(config: ExtractionConfig, data: DataConfig, create: Callable[...
         sources = {split: open_source(data, split) for split in SPLITS}
         check_same_classes(sources["train"], sources["val"])
         names = read_json(config.class_names) if config.class_names else {}
-        folder = resolve_folder(config.tokenizer)
-        tokenizer = ChannelTokenizer.from_pretrained(folder)
+        tokenizer = ChannelTokenizer.from_pretrained(config.tokenizer)
         store = create(
             workers.is_main,
             tokenizer_fingerprint=tokenizer.token_fingerprint(),
@@ -110,8 +113,8 @@ def write_store(config: ExtractionConfig, data: DataConfig, create: Callable[...
         )
         if workers.is_main and not store.tokenizer_folder.exists():
             with folder_written_whole(store.tokenizer_folder) as temporary:
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copy(folder / name, temporary)
+                # of the weights that made the tokens: the source folder may be written again meanwhile
+                tokenizer.save_pretrained(temporary, exact_dtype(tokenizer))
         workers.wait()
         move(tokenizer, workers.device)
         unreadable = UnreadableFiles(config.strict)
@@ -134,7 +137,7 @@ def write_store(config: ExtractionConfig, data: DataConfig, create: Callable[...
             logger.info("%s: complete, %d unreadable files left out", config.output_dir, len(store.left_out()))
 
 
-def report(store: Any, content: list[str], problems: list[str]) -> None:
+def log_verification(store: Any, content: list[str], problems: list[str]) -> None:
     """Log what `generator.tokens.verify` found in a store, and whether its tokenizer is the one that made it.
 
     Raises:

@@ -21,7 +21,7 @@ PUBLISHED_TOKENIZERS: dict[str, dict[str, Any]] = {
         "decoder_attention_sizes": [8, 16, 32],
     },
 }
-BIT_WEIGHTS = "quantizer.mask"  # a constant of theirs: what each bit of a token counts
+BIT_WEIGHTS = "quantizer.mask"  # a constant of theirs: the place value of each bit of a token
 LAYER = re.compile(r"^((?:encoder|decoder)\.(?:trunk|shrink)\.)(\d+)\.")
 _RENAMES = [
     (r"^encoder\.model\.", "encoder.trunk."),

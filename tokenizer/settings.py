@@ -83,7 +83,9 @@ class TailDropConfig(Config):
     """Number of channels that an image keeps in training, see `tail_drop.draw_num_tokens`."""
 
     mask_probability: float = setting(0.5, "share of images that lose a tail, in [0, 1]", ge=0, le=1)
-    keep_distribution: Literal["uniform", "low", "high"] = setting("uniform", "which k are drawn more often")
+    keep_distribution: Literal["uniform", "low", "high"] = setting(
+        "uniform", "which k are drawn more often: all alike, short or long prefixes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

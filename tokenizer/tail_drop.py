@@ -12,6 +12,9 @@ from tokenizer.settings import TailDropConfig
 def draw_num_tokens(batch_size: int, num_channels: int, config: TailDropConfig, rng: torch.Generator) -> Tensor:
     """Draw how many channels each image keeps: (b,) int64 in [1, num_channels].
 
+    With probability mask_probability k = 1 + floor(C g(f)) with f uniform in [0, 1) and g(f) = f (uniform), f**2 (low:
+    short prefixes more often) or sqrt(f) (high: long ones); otherwise k = C.
+
     Always consumes two numbers an image, so that one image's draw never depends on another's. `rng`
     is a CPU generator; its state alone decides.
     """

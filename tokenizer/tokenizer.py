@@ -70,13 +70,13 @@ class ChannelTokenizer(SavedModel):
         return pack_bits(self.quantize(self.encode(images)))
 
     @property
-    def reader(self) -> nn.ModuleDict:
-        """What makes tokens of images: the encoder and the projection to bits. All other weights draw."""
+    def token_layers(self) -> nn.ModuleDict:
+        """The layers that determine tokens: the encoder and the projection to bits."""
         return nn.ModuleDict({"encoder": self.encoder, "project_in": self.quantizer.project_in})
 
     def token_fingerprint(self) -> str:
-        """Hash of the reader's weights, which determine tokens: 16 hexadecimal digits."""
-        return fingerprint(self.reader)
+        """Hash of the weights that determine tokens: 16 hexadecimal digits."""
+        return fingerprint(self.token_layers)
 
     def lookup(self, tokens: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Tokens (b k) -> the latents (b c h w) that the decoder receives, missing channels exactly 0.

@@ -162,7 +162,7 @@ class TokenizerTrainer(ImageTrainer):
                 f"{wrong} is {given[wrong]}, but init_from {training.init_from} has {found[wrong]}; omit the size"
             )
         if training.frozen_encoder and any(
-            bool((value != value.to(dtype)).any()) for value in model.reader.parameters()
+            bool((value != value.to(dtype)).any()) for value in model.token_layers.parameters()
         ):
             raise InputError(
                 f"frozen_encoder keeps the tokens of {training.init_from}, and save_dtype {training.save_dtype} would "
@@ -170,7 +170,7 @@ class TokenizerTrainer(ImageTrainer):
             )
         if training.frozen_encoder and rate.has_rate:
             raise InputError("frozen_encoder keeps the tokens, so a rate term changes nothing; omit rate_weight")
-        model.reader.requires_grad_(not training.frozen_encoder)
+        model.token_layers.requires_grad_(not training.frozen_encoder)
         return model
 
     def loss(self, model: nn.Module, batch: ImageBatch, part: Part) -> StepLoss:

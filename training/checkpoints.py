@@ -93,11 +93,16 @@ class Checkpoints:
         record = read_json(found[-1] / "training.json")
         if not isinstance(record.get("settings"), dict) or record.get("step") != int(found[-1].name[5:]):
             raise InputError(f"{found[-1]} is damaged; remove it to resume from an older one")
-        then = _flat(record["settings"])
-        for name, value in _flat(settings).items():
-            if name not in then or then[name] != value:
+        then, now = _flat(record["settings"]), _flat(settings)
+        if changed := then.keys() ^ now.keys():
+            raise InputError(
+                f"{found[-1]} is of another version of this program, in which the setting {min(changed)} differs; "
+                "start a new run in another output_dir"
+            )
+        for name, value in now.items():
+            if then[name] != value:
                 raise InputError(
-                    f"{found[-1]} was trained with {name} = {then.get(name, 'unknown')}, now it is {value}; "
+                    f"{found[-1]} was trained with {name} = {then[name]}, now it is {value}; "
                     "resume with the same settings or choose another output_dir"
                 )
         return record["step"], load_tensors(found[-1] / "training.safetensors")

@@ -79,7 +79,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, known to all processes, into one that may be sharded; of the same shape, or `InputError`."""
+    """Copy a whole tensor, known to all processes, into one that may be sharded.
+
+    Raises:
+        InputError: the shapes differ.
+    """
     if target.shape != source.shape:
         raise InputError(
             f"the checkpoint is damaged: a tensor of shape {[*source.shape]} in place of {[*target.shape]}"

@@ -50,7 +50,7 @@ class ImageTrainer(Trainer):
         return images, batch.labels.to(self.device, non_blocking=True)
 
     def held_batches(self, count: int, size: int) -> Iterator[Any]:
-        """At most `count` validation images in batches of `size`; an `InputError` if none can be read."""
+        """At most `count` validation images in batches of up to `size`; an `InputError` if none can be read."""
         found, loader = 0, self.held_loader(count, size, self.config.num_workers)
         for batch in tqdm(loader, desc="evaluation", delay=2, leave=False):
             self.images.unreadable.note(batch)

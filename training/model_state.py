@@ -107,7 +107,7 @@ class EMA:
     """The exponential moving average of a model's weights; sharded if these are.
 
     Args:
-        averaged: a copy of the model that `model` fills; None where nothing is evaluated.
+        averaged: a copy of the model for the averaged weights; None where nothing is evaluated.
         bare: the model under training.
         decay: the average's own share of itself at every update; 0 = always the last weights.
     """
@@ -115,9 +115,14 @@ class EMA:
     def __init__(self, averaged: nn.Module | None, bare: nn.Module, decay: float):
         self.averaged, self.decay, self.updates = averaged, decay, 0
         self._parameters = dict(bare.named_parameters())
-        self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        first = next(iter(self._parameters.values()))
+        self.device, self._sharded = own_part(first).device, own_part(first) is not first
         if averaged is not None:
             averaged.requires_grad_(False).eval()
+        if averaged is None or self._sharded:
+            self.weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        else:
+            self.weights = dict(averaged.to(self.device).named_parameters())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -125,24 +130,24 @@ class EMA:
         # a young average follows quickly, so that early evaluations do not show the initial weights
         count = self.updates
         share = 1.0 if count == 0 else 1 - min(self.decay, (1 + count) / (10 + count))
-        weights = [own_part(weight) for weight in self.weights.values()]
+        weights = [own_part(self.weights[name]) for name in self._parameters]
         torch._foreach_lerp_(weights, [own_part(parameter) for parameter in self._parameters.values()], share)
         self.updates += 1
 
     @torch.no_grad()
     def model(self) -> Any:
-        """The averaged model, on the device; all processes with an average must call."""
-        device = next(iter(self.weights.values())).device
-        places = {} if self.averaged is None else dict(self.averaged.to(device).named_parameters())
-        for name, weight in self.weights.items():
-            full = whole(weight)
-            if places:
-                places[name].copy_(full)
+        """The averaged model, on the device; if it is sharded, all processes must call."""
+        if self._sharded:
+            places = {} if self.averaged is None else dict(self.averaged.to(self.device).named_parameters())
+            for name, weight in self.weights.items():
+                full = whole(weight)
+                if places:
+                    places[name].copy_(full)
         return self.averaged
 
     def release(self) -> None:
         """Free the device memory that `model` took."""
-        if self.averaged is not None:
+        if self._sharded and self.averaged is not None:
             self.averaged.to("cpu")
 
     def state(self) -> State:

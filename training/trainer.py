@@ -83,7 +83,7 @@ class Trainer:
         if config.compile:
             model.compile()
         averaged = copy.deepcopy(model) if self.is_main else None  # before it is wrapped or sharded
-        # in the main process, or in all if each has a shard; before `ModelState`, where accelerate changes the type
+        # in the main process, or in all if each has a shard; read before accelerator.prepare, which may change the type
         has_average = self.is_main or accelerator.distributed_type == DistributedType.FSDP
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         optimizer = make_optimizer(model, config.learning_rate, betas, decay, rate_scales or {})
@@ -175,7 +175,7 @@ class Trainer:
         sampler = StepSampler(len(train), config, self.parts, self.step)
         stream = iter(self._loader(train, sampler, collate, config.num_workers))
         with (
-            runtime.StopOnSignal(patient=accelerator.num_processes > 1) as stop,
+            runtime.StopOnSignal(ignore_repeats=accelerator.num_processes > 1) as stop,
             logging_redirect_tqdm(),
             tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05) as bar,
         ):

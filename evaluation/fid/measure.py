@@ -197,8 +197,8 @@ def measure_fid(config: FidConfig, given: dict[str, Any], command: str) -> None:
         )
         token_counts, names = config.token_counts(pipeline.config.num_channels), pipeline.config.class_names
         network = FeatureExtractor(config.inception_weights, workers.device, classifier=config.features)
-        if config.features is not None and not set(names) <= set(network.class_names):
-            logger.warning("%s lacks classes of the model: class accuracy is not measured", config.features)
+        if config.features is not None and (missing := sorted(set(names) - set(network.class_names))):
+            logger.warning("%s lacks the class %r: class accuracy is not measured", config.features, missing[0])
         reference, anchors, found = None, None, []
         if workers.is_main:
             reference = read_reference(config, pipeline.tokenizer.config.image_size, network)

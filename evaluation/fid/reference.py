@@ -121,19 +121,21 @@ def measure_anchors(
         for k in statistics:
             features, scores = network.extract(pipeline.pictures(tokens[:, :k]) if k else images)
             statistics[k].update(features)
-            logits[k].append(scores)
+            if network.class_names:
+                logits[k].append(scores.cpu())
             for parity, half in enumerate(halves if k == 0 else ()):
                 half.update(features.cpu()[indices % 2 == parity])  # files are sorted by class: a half has every class
     right = [names[i] for i in shown]
     shuffled = [right[i] for i in torch.randperm(len(shown), generator=generator_for(config.seed, 5)).tolist()]
-    accuracy = {k: network.accuracy(torch.cat(scores), right) for k, scores in logits.items()}
+    accuracy = {k: network.accuracy(torch.cat(found), right) if found else None for k, found in logits.items()}
     if network.class_names and accuracy[0] is None:
-        logger.warning("a folder of the reference is no class: its class accuracy needs --class-names")
+        missing = min(set(names) - set(network.class_names))
+        logger.warning("folder %r of the reference is no class: its class accuracy needs --class-names", missing)
     real = {"distance": frechet_distance(*halves), "images": [half.count for half in halves]}
     return {
         "images": len(shown),
         "real": real | {"class_accuracy": accuracy[0]},
-        "shuffled": {"class_accuracy": network.accuracy(torch.cat(logits[0]), shuffled)},
+        "shuffled": {"class_accuracy": network.accuracy(torch.cat(logits[0]), shuffled) if logits[0] else None},
         "reconstructions": [
             {"num_tokens": k, "distance": frechet_distance(statistics[k], statistics[0]), "class_accuracy": accuracy[k]}
             for k in token_counts

@@ -83,7 +83,7 @@ class Scores:
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each view: means over images of psnr (dB), ssim and lpips, and distances of sets.
 
-        None is what was not measured; prior_distance is that of images added to feature_distance with key k.
+        None: not measured. prior_distance: of images drawn from the prior, which `distances` has under the key k.
         """
         rows = []
         for (k, refined), scores in sorted(self._scores.items(), key=lambda item: item[0][::-1]):
@@ -216,9 +216,9 @@ def measure_reconstruction(
         parts.append((tokens.int().cpu(), batch.labels))
         decoded = reconstructions(tokens, batch.labels, list(range(seen, seen + len(tokens))))
         scores.add(originals, decoded)
-        curve |= {i: image for i, image in enumerate(batch.images, seen) if i in in_curve}
+        curve |= {i: image.clone() for i, image in enumerate(batch.images, seen) if i in in_curve}
         rows = zip(*decoded.values(), batch.images, strict=True)
-        sheet += [[image.cpu() for image in row] for i, row in enumerate(rows, seen) if i in in_sheet]
+        sheet += [[image.cpu().clone() for image in row] for i, row in enumerate(rows, seen) if i in in_sheet]
         seen += len(tokens)
     if not parts:
         raise InputError(f"none of the {total} images of {source.name} can be read; see the lines above")

@@ -217,10 +217,10 @@ def report(found: dict[str, Any]) -> list[str]:
         f"{place(found)}, memory reads {found['bandwidth_gb_s']:.0f} GB/s",
         f"`{found['command']}`",
         table(heads, lines),
-        f"Medians of {found['settings']['repeats']} rounds, samplers interleaved. ms a token: mean over k tokens, in "
-        "brackets how many times faster than uncached. Images/s: with decoding where there is a tokenizer. Of the "
-        "limit: the time to read weights and cache once, at the best bandwidth measured here, over the time taken. "
-        "Estimated: interpolated between measured prefix lengths.",
+        f"Medians of {found['settings']['repeats']} rounds, samplers interleaved; decoding is timed separately. ms a "
+        "token: mean over k tokens, in brackets how many times faster than uncached. Images/s: with decoding where "
+        "there is a tokenizer. Of the limit: the time to read weights and cache once, at the best bandwidth measured "
+        "here, over the time taken. Estimated: interpolated between measured prefix lengths.",
     ]
 
 

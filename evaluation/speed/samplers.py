@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -134,11 +134,11 @@ def llama_of(model: ChannelGPT) -> LlamaForCausalLM:
 
 def build_samplers(names: Sequence[str], model: ChannelGPT) -> dict[str, Draw]:
     """Build the samplers of some names, for a model on its device and in its number format."""
-    decoder, llama = CachedDecoder.from_model(model), llama_of(model)
+    decoder, llama = cache(lambda: CachedDecoder.from_model(model)), cache(lambda: llama_of(model))
     draws: dict[str, Callable[[], Draw]] = {
-        "uncached": lambda: partial(draw_uncached, llama, model.config),
-        "transformers": lambda: partial(draw_transformers, llama, model.config),
-        "eager": lambda: partial(draw_ours, Engine(decoder, compile=False)),
-        "compiled": lambda: partial(draw_ours, Engine(decoder, compile=True)),
+        "uncached": lambda: partial(draw_uncached, llama(), model.config),
+        "transformers": lambda: partial(draw_transformers, llama(), model.config),
+        "eager": lambda: partial(draw_ours, Engine(decoder(), compile=False)),
+        "compiled": lambda: partial(draw_ours, Engine(decoder(), compile=True)),
     }
     return {name: draws[name]() for name in names}
