@@ -206,7 +206,7 @@ class Engine:
         `guided` tells whether this position's scale is not 1; rows without class are computed in any case. `scored`
         adds the tokens' log-likelihood (of the conditional model itself, before any filter).
         """
-        key = (sampling.temperature, sampling.top_k, sampling.top_p, guided, scored)
+        key = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.autoguidance, guided, scored)
         self._run(batch, key, partial(self._advance, batch, self._length(batch), sampling, guided, scored))
 
     def _length(self, batch: Batch) -> int:
@@ -248,12 +248,14 @@ class Engine:
         batch.position.add_(1)
 
     def _advance(self, batch: Batch, length: int, sampling: SamplingConfig, guided: bool, scored: bool) -> None:
-        log_odds, pairs = self._odds(batch, self._blocks(batch, length), guided)
-        logits = code_log_probabilities(log_odds, pairs)
+        hidden = self._blocks(batch, length)
+        logits = code_log_probabilities(*self._odds(batch, hidden, guided, sampling.autoguidance))
         conditional = logits[: batch.images]
         if guided:
             scale = batch.scales.index_select(0, batch.position)
             logits = guide(conditional, logits[batch.images :], scale)
+        if scored and sampling.autoguidance != 1:
+            conditional = code_log_probabilities(*self._odds(batch, hidden, guided=False))
         uniform = batch.uniforms.index_select(1, batch.position)[:, 0]
         drawn = draw(logits, uniform, sampling)
         earlier = batch.tokens.index_select(1, batch.position)[:, 0]
@@ -290,11 +292,13 @@ class Engine:
             outputs.append(hidden)
         return torch.cat(outputs)
 
-    def _odds(self, batch: Batch, hidden: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
+    def _odds(self, batch: Batch, hidden: Tensor, guided: bool, autoguidance: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-odds (rows n) and pairs (rows n n) of the next code; rows without class only where `guided`."""
         decoder, position, bits = self.decoder, batch.position, batch.bits.shape[2]
         rows = batch.images * (2 if guided else 1)
         trunk = torch.cat([self._call(head, hidden[part], decoder.tables, position) for part in self._parts(rows)])
+        if autoguidance != 1:
+            trunk = trunk * autoguidance
         linear = torch.cat(
             [self._call(prior, batch.bits[part], decoder.tables, position) for part in self._parts(batch.images)]
         )

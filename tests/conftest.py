@@ -100,9 +100,9 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], list[tupl
             steps.append((batch.cache.entries.shape[2], int(batch.position), False))
             return blocks(batch, length)
 
-        def noted_odds(batch: Batch, hidden: torch.Tensor, guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def noted_odds(batch: Batch, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
             steps[-1] = (*steps[-1][:2], True)
-            return odds(batch, hidden, guided)
+            return odds(batch, *arguments, **options)
 
         monkeypatch.setattr(engine, "_blocks", noted_blocks)
         monkeypatch.setattr(engine, "_odds", noted_odds)

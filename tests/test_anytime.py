@@ -25,7 +25,7 @@ SAMPLINGS = [
     PLAIN,
     SamplingConfig(temperature=0, cfg_scale=3),
     SamplingConfig(temperature=1.3, top_k=30, top_p=0.95),
-    SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, cfg_scale=1.7),
+    SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, autoguidance=1.4, cfg_scale=1.7),
     SamplingConfig(cfg_scale=2.5, cfg_schedule="linear"),
     SamplingConfig(cfg_scale=0.5, cfg_schedule="cosine", top_k=30),
     SamplingConfig(cfg_scale=3, cfg_schedule="interval", cfg_start=0.2, cfg_end=0.6),

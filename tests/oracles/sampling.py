@@ -54,12 +54,14 @@ def bits_of(token: int, num_bits: int) -> list[float]:
 
 
 @torch.no_grad()
-def code_log_probabilities(model: ChannelGPT, label: int, tokens: Sequence[int]) -> Tensor:
+def code_log_probabilities(model: ChannelGPT, label: int, tokens: Sequence[int], autoguidance: float = 1.0) -> Tensor:
     """Log-probabilities (1 v) of the next token: one forward of the model for each code that it may be."""
     bits = model.config.num_bits
     codes = range(model.config.codebook_size)
     sequences = torch.tensor([[bits_of(token, bits) for token in [*tokens, code]] for code in codes])
-    log_odds = model(torch.full((len(sequences),), label), sequences)[:, -1]
+    labels = torch.full((len(sequences),), label)
+    linear = model.prior.log_odds(sequences, labels)[:, -1]
+    log_odds = linear + autoguidance * (model(labels, sequences)[:, -1] - linear)
     return F.logsigmoid(sequences[:, -1] * log_odds).sum(-1)[None]
 
 
@@ -91,6 +93,7 @@ def draw_one(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    autoguidance: float = 1.0,
     cfg_scale: float = 1.0,
     cfg_schedule: str = "constant",
     cfg_start: float = 0.0,
@@ -101,9 +104,9 @@ def draw_one(
     full_scale = cfg_scale
     for position in range(num_tokens):
         cfg_scale = scale_at(position / model.config.num_channels, full_scale, cfg_schedule, cfg_start, cfg_end)
-        logits = code_log_probabilities(model, label, tokens)
+        logits = code_log_probabilities(model, label, tokens, autoguidance)
         if cfg_scale != 1:
-            unconditional = code_log_probabilities(model, len(model.config.class_names), tokens)
+            unconditional = code_log_probabilities(model, len(model.config.class_names), tokens, autoguidance)
             logits = unconditional + cfg_scale * (logits - unconditional)
         if temperature == 0:
             tokens.append(int(logits[0].argmax()))
