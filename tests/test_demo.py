@@ -20,7 +20,7 @@ from common import cli
 from tokenizer.settings import VerificationConfig
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["tokenizer", "tokens", "generator", "refiner", "reconstruction", "fid", "sheet"]
+STAGES = ["tokenizer", "tokens", "generator", "refiner", "reconstruction", "sweep", "fid", "sheet"]
 # records its arguments and writes what make.sh needs of the real script; $FAILS is the stage that fails
 SUBSTITUTE = """#!{python}
 import json, os, signal, sys, time
@@ -110,7 +110,7 @@ def test_completed_stages_are_skipped_and_an_unfinished_one_is_resumed(make: Run
     (tmp_path / "out/generator/checkpoints/step-00000002").mkdir(parents=True)
     code, _, calls = make("tiny")
     assert (code, stages(calls)) == (0, STAGES[2:])
-    assert ["--resume" in call for call in calls] == [True, *[False] * 4]
+    assert ["--resume" in call for call in calls] == [True, *[False] * 5]
     assert make("tiny")[::2] == (0, [])
 
 

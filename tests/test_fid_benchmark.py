@@ -187,7 +187,7 @@ def test_the_settings_are_the_model_s_own_for_the_largest_k(
     done = measure(scripts, *common)
     assert done.code == 0, done.err
     assert results(tmp_path / "out")["sampling"] == vars(chosen[7])
-    assert "sampling: temperature 1.0, top_k 9, top_p 1.0, cfg_scale 2.0" in done.err
+    assert "sampling: temperature 1.0, top_k 9, top_p 1.0, autoguidance 1.0, cfg_scale 2.0" in done.err
     pipeline = ChannelTokPipeline.from_pretrained(model, "cpu")
     alone = pipeline(classes_of(5), 7, seed=range(5), cfg_scale=2.0, top_k=9).tokens
     assert torch.equal(load_tensors(tmp_path / "out" / "parts" / "part-000000.safetensors")["tokens"].long(), alone)

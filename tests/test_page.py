@@ -233,6 +233,15 @@ def eventually(check: Callable[[], Any], seconds: float = 180) -> Any:
     raise TimeoutError(check)
 
 
+def upload_refused(browser: webdriver.Chrome, path: Path, message: str) -> None:
+    """Upload a file, wait for the message, and remove the file from the page."""
+    eventually(lambda: browser.find_element(By.CSS_SELECTOR, "#photograph input[type=file]")).send_keys(str(path))
+    eventually(lambda: browser.find_element(By.XPATH, f"//*[contains(text(), '{message}')]"))
+    button = "#photograph button[aria-label*=emove], #photograph button[aria-label*=lear]"
+    # the message may cover the button for a moment
+    eventually(lambda: browser.find_element(By.CSS_SELECTOR, button).click() or True)
+
+
 SET_VALUE = """arguments[0].value = arguments[1];
 for (const name of ["input", "blur"]) arguments[0].dispatchEvent(new Event(name, {bubbles: true}));"""
 
@@ -299,12 +308,10 @@ def test_the_page_in_a_browser(
     eventually(lambda: count("#finished") == 256)
 
     tab("Photograph")
-    text = shots / "text.png"
-    text.write_text("no image")
-    file = eventually(lambda: element("#photograph input[type=file]"))
-    file.send_keys(str(text))
-    assert eventually(lambda: browser.find_element(By.XPATH, "//*[contains(text(), 'not an image')]"))
-    eventually(lambda: element("#photograph button[aria-label*=emove], #photograph button[aria-label*=lear]")).click()
+    (shots / "text.png").write_text("no image")
+    Image.new("1", (10_000, 6_000)).save(shots / "wide.png")
+    upload_refused(browser, shots / "text.png", "not an image")
+    upload_refused(browser, shots / "wide.png", "10000 x 6000 pixels")
     photograph = image_folder / "val" / "n01" / "0.jpg"
     eventually(lambda: element("#photograph input[type=file]")).send_keys(str(photograph))
     eventually(lambda: element("#reconstructions img"))

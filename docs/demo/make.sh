@@ -85,8 +85,11 @@ stage refiner train_refiner.py --config $CONFIG-refiner.yaml --tokenizer "$OUTPU
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
 stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
+# the guidance with the lowest distance becomes the model's own
+stage sweep benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val" --features weights/features.safetensors \
+    --num-samples $((SAMPLES / 2)) --num-tokens 32 256 --sweep cfg_scale=1,2,3 --write-settings --output-dir "$OUTPUT/sweep"
 stage fid benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val" --class-names "$NAMES" \
-    --features weights/features.safetensors --num-samples $SAMPLES --num-tokens "${LENGTHS[@]}" --cfg-scale 3 --anchors \
+    --features weights/features.safetensors --num-samples $SAMPLES --num-tokens "${LENGTHS[@]}" --anchors \
     --output-dir "$OUTPUT/fid"
-stage sheet sample.py --model "$OUTPUT/generator" --class-labels $(seq 0 $(((CLASSES + 19) / 20)) $((CLASSES - 1))) --seed 0 --cfg-scale 3 \
+stage sheet sample.py --model "$OUTPUT/generator" --class-labels $(seq 0 $(((CLASSES + 19) / 20)) $((CLASSES - 1))) --seed 0 \
     --previews 4 16 32 64 128 --refine-previews --output-dir "$OUTPUT/sheet"
