@@ -253,7 +253,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         _complain(str(error))
     except OSError as error:
-        if isinstance(error, shutil.Error):
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
             _complain(f"{error.args[0][0][-1]}; free some space or choose another folder")
         if error.errno not in FILE_ERRORS:
             raise

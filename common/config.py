@@ -120,7 +120,7 @@ class Config:
 
     @classmethod
     def from_file(cls, content: Any, path: str | Path) -> Self:
-        """Build from the content of a file, whose `path` errors name.
+        """Build from the content of a file; error messages show `path`.
 
         Raises:
             InputError: content that is not a mapping, unknown or missing keys, or values that are not allowed.

@@ -203,7 +203,7 @@ def save_line_plot(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6.4, 4.2 * columns + 1), 3.4 * rows + 1.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
+    for axis, (panel, lines) in zip(axes[: len(panels)], panels.items(), strict=True):
         axis.set(title=panel, xlabel=x_label)
         if log2_x:
             axis.set_xscale("log", base=2)

@@ -111,10 +111,12 @@ class ChannelGPTConfig(GeneratorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
-    """How a token is drawn from its log-probabilities. Applied in this order: guidance, temperature, top-k, top-p.
+    """How a token is drawn from its log-probabilities.
 
-    Autoguidance (Karras et al., 2024, arXiv 2406.02507) moves the log-odds of bits away from those of a weaker model,
-    here the generator's own linear prior: prior + autoguidance * (generator - prior). It costs no second pass.
+    Applied in this order: autoguidance, guidance, temperature, top-k, top-p.
+
+    Autoguidance (Karras et al., 2024, arXiv 2406.02507) moves log-odds away from those of a weaker model, here the
+    generator's own linear prior: prior + autoguidance * (generator - prior), for bits and pairs, without a second pass.
 
     Guidance may change over the channels. With t = position / C (a share of all C channels, so that a prefix stays a
     prefix), the scale is cfg_scale throughout (constant), falls from cfg_scale to 1 in a straight
@@ -125,9 +127,7 @@ class SamplingConfig(Config):
     temperature: float = setting(1.0, "0 takes the most likely token, 1 the model's own odds", ge=0)
     top_k: int = setting(0, "draw among this many most likely tokens; 0 = all", ge=0)
     top_p: float = setting(1.0, "draw among the most likely tokens that hold this mass; 1 = all", gt=0, le=1)
-    autoguidance: float = setting(
-        1.0, "scale of what the transformer adds to the linear prior; 1 = off, above 1 more detail", ge=0, le=100
-    )
+    autoguidance: float = setting(1.0, "scale of what the transformer adds to the linear prior; 1 = off", ge=0, le=100)
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = off, at half the cost", ge=0, le=100)
     cfg_schedule: Schedule = setting("constant", "how guidance changes over the channels")
     cfg_start: float = setting(0.0, "interval: share of all channels where guidance begins", ge=0, lt=1)

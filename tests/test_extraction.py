@@ -81,7 +81,7 @@ def test_ten_crops_are_those_cut_by_hand(
     # what is held out is the image as it is
     held, _ = store.read_shard("val", 0)
     assert held.shape == (5, 1, 16)
-    for row, path in zip(held, sorted((image_folder / "val").glob("*/*")), strict=False):
+    for row, path in zip(held, sorted((image_folder / "val").glob("*/*"))[:5], strict=True):
         assert row.tolist() == sharp_tokenizer.tokenize(square(path, 32)[None]).tolist()
 
 

@@ -233,7 +233,7 @@ def eventually(check: Callable[[], Any], seconds: float = 180) -> Any:
     raise TimeoutError(check)
 
 
-def upload_refused(browser: webdriver.Chrome, path: Path, message: str) -> None:
+def check_upload_is_refused(browser: webdriver.Chrome, path: Path, message: str) -> None:
     """Upload a file, wait for the message, and remove the file from the page."""
     eventually(lambda: browser.find_element(By.CSS_SELECTOR, "#photograph input[type=file]")).send_keys(str(path))
     eventually(lambda: browser.find_element(By.XPATH, f"//*[contains(text(), '{message}')]"))
@@ -310,8 +310,8 @@ def test_the_page_in_a_browser(
     tab("Photograph")
     (shots / "text.png").write_text("no image")
     Image.new("1", (10_000, 6_000)).save(shots / "wide.png")
-    upload_refused(browser, shots / "text.png", "not an image")
-    upload_refused(browser, shots / "wide.png", "10000 x 6000 pixels")
+    check_upload_is_refused(browser, shots / "text.png", "not an image")
+    check_upload_is_refused(browser, shots / "wide.png", "10000 x 6000 pixels")
     photograph = image_folder / "val" / "n01" / "0.jpg"
     eventually(lambda: element("#photograph input[type=file]")).send_keys(str(photograph))
     eventually(lambda: element("#reconstructions img"))

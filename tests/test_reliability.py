@@ -322,6 +322,7 @@ def with_a_tensor_cut(content: bytes) -> bytes:
         ("log.jsonl", lambda content: b"\xff\n" + content, "is damaged"),
         ("training.json", lambda content: b"{}", "is damaged"),
         ("training.json", lambda content: content[:50], "is not readable JSON"),
+        ("training.json", lambda content: content.replace(b'"seed"', b'"sprout"'), "is of another version"),
         ("training.safetensors", lambda content: content[:500], "is damaged"),
         ("training.safetensors", without_a_tensor, "has no tensor"),
         ("training.safetensors", with_a_tensor_cut, "of shape"),

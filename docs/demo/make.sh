@@ -85,7 +85,7 @@ stage refiner train_refiner.py --config $CONFIG-refiner.yaml --tokenizer "$OUTPU
 CLASSES=$(find "$PHOTOS/val" -mindepth 1 -maxdepth 1 | wc -l)
 stage reconstruction benchmark.py reconstruction --tokenizer "$OUTPUT/tokenizer" --data-dir "$PHOTOS" \
     --num-tokens "${LENGTHS[@]}" --perceptual none --inception none --output-dir "$OUTPUT/reconstruction" "${FEW[@]}"
-# the guidance with the lowest distance becomes the model's own
+# the constant guidance scale with the lowest distance is stored with the model
 stage sweep benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val" --features weights/features.safetensors \
     --num-samples $((SAMPLES / 2)) --num-tokens 32 256 --sweep cfg_scale=1,2,3 --write-settings --output-dir "$OUTPUT/sweep"
 stage fid benchmark.py fid --model "$OUTPUT/generator" --reference "$PHOTOS/val" --class-names "$NAMES" \
